@@ -1,0 +1,41 @@
+# Everything a person or CI runs. `make up` and `make test` need nothing installed before.
+.DEFAULT_GOAL := help
+.PHONY: help up test test-vllm check generate lock
+
+PYTHON := .venv/bin/python
+BIN := .venv/bin
+# The contracts that a change must stay compatible with: the main branch as it was published.
+CONTRACT_BASE ?= $(shell git rev-parse -q --verify origin/main || git rev-parse HEAD)
+CODE := mesh identity router analytics edge deploy tests
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+up: ## Start the whole platform here, prove that it answers, stop it with Ctrl-C (PORT=8080, ENGINE=llamacpp|vllm)
+	@deploy/local/bootstrap.sh up
+	@exec $(PYTHON) -m deploy.local
+
+test: ## Unit, contract, integration and end-to-end tests against real servers
+	@deploy/local/bootstrap.sh test
+	$(BIN)/pytest -n 4 tests
+
+test-vllm: ## The end-to-end tests against two real vLLM replicas
+	@deploy/local/bootstrap.sh vllm
+	ENGINE=vllm $(BIN)/pytest tests/e2e
+
+check: ## Formatting, lint, types, import walls, contracts, generated files
+	@deploy/local/bootstrap.sh test
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/mypy $(CODE)
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	$(BIN)/buf format --exit-code >/dev/null
+	proto/generate.sh --check
+	$(BIN)/buf breaking --against '.git#ref=$(CONTRACT_BASE)'
+
+generate: ## Make gen/ from proto/
+	proto/generate.sh
+
+lock: ## Pin every dependency with its hashes
+	deploy/locks/lock.sh
