@@ -1,0 +1,1 @@
+"""What every process shares: errors, configuration, servers, channels, connections; nothing of any one service."""

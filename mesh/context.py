@@ -1,0 +1,18 @@
+"""What a call carries along without being passed by hand; set by the interceptors, never by a handler."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mesh.auth import Principal
+
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+"""The id of the request being served; empty outside of one."""
+
+principal: ContextVar[Principal | None] = ContextVar("principal", default=None)
+"""Who makes the call; None for a public or internal RPC, or outside of a call."""
+
+credential: ContextVar[str] = ContextVar("credential", default="")
+"""The credential the caller presented, passed on to the next service; it never reaches a log."""

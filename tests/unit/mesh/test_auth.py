@@ -1,0 +1,552 @@
+"""Principals: how they travel, how they are cached, what they may do."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from random import Random
+
+import grpc
+import pytest
+from google.protobuf.message import Message
+
+from aiaas.analytics.v1 import usage_service_pb2
+from aiaas.identity.v1 import api_key_service_pb2, auth_service_pb2, auth_service_pb2_grpc, organization_service_pb2
+from aiaas.type.v1 import limits_pb2, options_pb2, principal_pb2
+from mesh import api_key
+from mesh.auth import (
+    CachedAuthenticator,
+    ModelRateLimits,
+    Principal,
+    RateLimits,
+    RemoteAuthenticator,
+    authorize,
+    credential_of,
+    find_method,
+    policy_of,
+)
+from mesh.errors import PlatformError, Reason, to_status
+from tests.doubles.clock import ManualClock
+
+KEY = api_key.generate()
+OTHER_KEY = api_key.generate()
+
+
+def principal(
+    *permissions: str,
+    organization_id: str = "org_a",
+    platform: bool = False,
+    expire_time: datetime | None = None,
+    key_id: str = KEY.key_id,
+) -> Principal:
+    return Principal(
+        kind="api_key",
+        id=key_id,
+        organization_id=organization_id,
+        api_key_id=key_id,
+        permissions=frozenset(permissions),
+        platform=platform,
+        expire_time=expire_time,
+    )
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110 - what is waited for has no event
+            await asyncio.sleep(0)
+
+
+async def refused(call: Awaitable[Principal]) -> PlatformError:
+    with pytest.raises(PlatformError) as raised:
+        await call
+    return raised.value
+
+
+class Source:
+    """Knows every key text in `known`, counts the calls, and can be away or slow."""
+
+    def __init__(self) -> None:
+        self.known = {KEY.text: principal(), OTHER_KEY.text: principal(key_id=OTHER_KEY.key_id)}
+        self.calls: list[str] = []
+        self.failure: Exception | None = None
+        self.open = asyncio.Event()
+        self.open.set()
+
+    async def authenticate(self, credential: str) -> Principal:
+        self.calls.append(credential)
+        await self.open.wait()
+        if self.failure is not None:
+            raise self.failure
+        if credential not in self.known:
+            raise PlatformError(Reason.API_KEY_INVALID)
+        return self.known[credential]
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+async def source() -> Source:
+    return Source()
+
+
+@pytest.fixture
+def cache(source: Source, clock: ManualClock) -> CachedAuthenticator:
+    return CachedAuthenticator(source, clock, Random(1), ttl_s=60, negative_ttl_s=5, stale_s=300)
+
+
+# The cache
+
+
+async def test_a_principal_is_asked_for_once_and_again_when_its_time_is_over(
+    cache: CachedAuthenticator, source: Source, clock: ManualClock
+) -> None:
+    assert await cache.authenticate(KEY.text) == principal()
+    clock.advance(47.9)
+    assert await cache.authenticate(KEY.text) == principal()
+    assert len(source.calls) == 1
+    clock.advance(12.1)
+    await cache.authenticate(KEY.text)
+    assert len(source.calls) == 2
+
+
+async def test_entries_made_together_do_not_all_end_together(source: Source, clock: ManualClock) -> None:
+    keys = [api_key.generate() for _ in range(50)]
+    source.known |= {key.text: principal(key_id=key.key_id) for key in keys}
+    cache = CachedAuthenticator(source, clock, Random(1), ttl_s=60)
+    for key in keys:
+        await cache.authenticate(key.text)
+    clock.advance(54)
+    for key in keys:
+        await cache.authenticate(key.text)
+    assert 10 < len(source.calls) - 50 < 40
+
+
+async def test_fifty_calls_on_one_missing_entry_make_one_look_up(cache: CachedAuthenticator, source: Source) -> None:
+    source.open.clear()
+    waiting = [asyncio.create_task(cache.authenticate(KEY.text)) for _ in range(50)]
+    await until(lambda: len(source.calls) > 0)
+    source.open.set()
+    assert await asyncio.gather(*waiting) == [principal()] * 50
+    assert len(source.calls) == 1
+
+
+async def test_a_cancelled_waiter_does_not_cancel_the_look_up_of_the_others(
+    cache: CachedAuthenticator, source: Source
+) -> None:
+    source.open.clear()
+    first = asyncio.create_task(cache.authenticate(KEY.text))
+    await until(lambda: len(source.calls) > 0)
+    second = asyncio.create_task(cache.authenticate(KEY.text))
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    source.open.set()
+    assert await second == principal()
+    assert len(source.calls) == 1
+
+
+async def test_a_look_up_without_waiters_still_fills_the_cache(cache: CachedAuthenticator, source: Source) -> None:
+    source.open.clear()
+    only = asyncio.create_task(cache.authenticate(KEY.text))
+    await until(lambda: len(source.calls) > 0)
+    only.cancel()
+    await asyncio.gather(only, return_exceptions=True)
+    source.open.set()
+    await until(lambda: not cache._tasks)
+    await cache.authenticate(KEY.text)
+    assert len(source.calls) == 1
+
+
+async def test_a_broken_checksum_costs_no_call(cache: CachedAuthenticator, source: Source) -> None:
+    for text in (KEY.text[:-1] + ("0" if KEY.text[-1] != "0" else "1"), "aias_", KEY.text + "x"):
+        assert (await refused(cache.authenticate(text))).reason is Reason.API_KEY_INVALID
+    assert source.calls == []
+
+
+async def test_no_credential_and_an_absurd_one_cost_no_call(cache: CachedAuthenticator, source: Source) -> None:
+    assert (await refused(cache.authenticate(""))).reason is Reason.MISSING_CREDENTIALS
+    assert (await refused(cache.authenticate("x" * 10_000))).reason is Reason.API_KEY_INVALID
+    assert source.calls == []
+
+
+async def test_another_kind_of_credential_is_passed_on_as_it_is(cache: CachedAuthenticator, source: Source) -> None:
+    source.known["session-token"] = principal()
+    assert await cache.authenticate("session-token") == principal()
+    assert source.calls == ["session-token"]
+
+
+async def test_a_credential_that_is_not_ascii_costs_no_call(cache: CachedAuthenticator, source: Source) -> None:
+    assert (await refused(cache.authenticate("aias_\udcff"))).reason is Reason.API_KEY_INVALID
+    assert (await refused(cache.authenticate("\udcff"))).reason is Reason.API_KEY_INVALID
+    assert source.calls == []
+
+
+async def test_a_refusal_is_remembered_shortly(cache: CachedAuthenticator, source: Source, clock: ManualClock) -> None:
+    unknown = api_key.generate()
+    for _ in range(10):
+        assert (await refused(cache.authenticate(unknown.text))).reason is Reason.API_KEY_INVALID
+    assert len(source.calls) == 1
+    source.known[unknown.text] = principal(key_id=unknown.key_id)
+    clock.advance(5)
+    assert (await cache.authenticate(unknown.text)).api_key_id == unknown.key_id
+
+
+async def test_guessed_keys_do_not_push_out_good_ones(source: Source, clock: ManualClock) -> None:
+    cache = CachedAuthenticator(source, clock, Random(1), max_entries=10)
+    await cache.authenticate(KEY.text)
+    for _ in range(100):
+        await refused(cache.authenticate(api_key.generate().text))
+    source.calls.clear()
+    await cache.authenticate(KEY.text)
+    assert source.calls == []
+    assert len(cache._refusals) == 10
+
+
+async def test_the_least_recently_used_entry_makes_room(source: Source, clock: ManualClock) -> None:
+    keys = [api_key.generate() for _ in range(4)]
+    source.known |= {key.text: principal(key_id=key.key_id) for key in keys}
+    cache = CachedAuthenticator(source, clock, Random(1), max_entries=3)
+    for index in (0, 1, 2, 0, 3):
+        await cache.authenticate(keys[index].text)
+    source.calls.clear()
+    for index in (0, 2, 3):
+        await cache.authenticate(keys[index].text)
+    assert source.calls == []
+    await cache.authenticate(keys[1].text)
+    assert source.calls == [keys[1].text]
+    assert len(cache._entries) == len(cache._digests) == 3
+
+
+async def test_an_invalidated_key_is_asked_for_again_at_once(cache: CachedAuthenticator, source: Source) -> None:
+    await cache.authenticate(KEY.text)
+    await cache.authenticate(OTHER_KEY.text)
+    del source.known[KEY.text]
+    cache.invalidate(KEY.key_id)
+    cache.invalidate("key_unknown")
+    assert (await refused(cache.authenticate(KEY.text))).reason is Reason.API_KEY_INVALID
+    await cache.authenticate(OTHER_KEY.text)
+    assert source.calls == [KEY.text, OTHER_KEY.text, KEY.text]
+
+
+async def test_what_was_looked_up_before_a_revocation_is_not_kept(cache: CachedAuthenticator, source: Source) -> None:
+    source.open.clear()
+    before = asyncio.create_task(cache.authenticate(KEY.text))
+    await until(lambda: len(source.calls) == 1)
+    cache.invalidate(KEY.key_id)
+    source.open.set()
+    await before
+    del source.known[KEY.text]
+    assert (await refused(cache.authenticate(KEY.text))).reason is Reason.API_KEY_INVALID
+
+
+async def test_a_look_up_that_began_before_a_revocation_is_not_joined(
+    cache: CachedAuthenticator, source: Source
+) -> None:
+    source.open.clear()
+    before = asyncio.create_task(cache.authenticate(KEY.text))
+    await until(lambda: len(source.calls) == 1)
+    cache.invalidate(KEY.key_id)
+    after = asyncio.create_task(cache.authenticate(KEY.text))
+    await until(lambda: len(source.calls) == 2)
+    source.open.set()
+    assert (await before, await after) == (principal(), principal())
+
+
+async def test_a_refused_key_is_not_served_from_an_expired_entry(
+    cache: CachedAuthenticator, source: Source, clock: ManualClock
+) -> None:
+    await cache.authenticate(KEY.text)
+    clock.advance(60)
+    del source.known[KEY.text]
+    assert (await refused(cache.authenticate(KEY.text))).reason is Reason.API_KEY_INVALID
+    source.failure = PlatformError(Reason.UNAVAILABLE)
+    clock.advance(5)
+    assert (await refused(cache.authenticate(KEY.text))).reason is Reason.AUTH_UNAVAILABLE
+
+
+FAILURES = [
+    PlatformError(Reason.AUTH_UNAVAILABLE),
+    PlatformError(Reason.UNAVAILABLE),
+    PlatformError(Reason.DEADLINE_EXCEEDED),
+    PlatformError(Reason.INTERNAL),
+    ConnectionError("identity"),
+]
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+async def test_an_outage_is_503_and_never_401(
+    cache: CachedAuthenticator, source: Source, clock: ManualClock, failure: Exception
+) -> None:
+    source.failure = failure
+    error = await refused(cache.authenticate(KEY.text))
+    assert error.reason is Reason.AUTH_UNAVAILABLE
+    assert error.entry.http == 503
+    source.failure = None
+    assert await cache.authenticate(KEY.text) == principal(), "an outage must not be remembered as a refusal"
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+async def test_while_identity_is_away_an_expired_entry_serves_for_a_while(
+    cache: CachedAuthenticator, source: Source, clock: ManualClock, failure: Exception
+) -> None:
+    await cache.authenticate(KEY.text)
+    source.failure = failure
+    clock.advance(60)
+    assert await cache.authenticate(KEY.text) == principal()
+    clock.advance(287)
+    assert await cache.authenticate(KEY.text) == principal()
+    clock.advance(13)
+    assert (await refused(cache.authenticate(KEY.text))).reason is Reason.AUTH_UNAVAILABLE
+
+
+async def test_identity_that_is_away_is_not_asked_for_each_request(
+    cache: CachedAuthenticator, source: Source, clock: ManualClock
+) -> None:
+    await cache.authenticate(KEY.text)
+    source.failure = PlatformError(Reason.UNAVAILABLE)
+    clock.advance(60)
+    for _ in range(100):
+        await cache.authenticate(KEY.text)
+    assert len(source.calls) == 2
+    clock.advance(0.9)
+    await cache.authenticate(KEY.text)
+    assert len(source.calls) == 2
+    source.failure = None
+    clock.advance(1)
+    await cache.authenticate(KEY.text)
+    assert len(source.calls) == 3
+
+
+async def test_identity_that_hangs_is_away(source: Source, clock: ManualClock) -> None:
+    cache = CachedAuthenticator(source, clock, Random(1), timeout_s=0.02)
+    source.open.clear()
+    assert (await refused(cache.authenticate(KEY.text))).reason is Reason.AUTH_UNAVAILABLE
+
+
+async def test_an_invalidated_key_is_not_served_while_identity_is_away(
+    cache: CachedAuthenticator, source: Source, clock: ManualClock
+) -> None:
+    await cache.authenticate(KEY.text)
+    clock.advance(60)
+    source.open.clear()
+    source.failure = PlatformError(Reason.UNAVAILABLE)
+    waiting = asyncio.create_task(cache.authenticate(KEY.text))
+    await until(lambda: len(source.calls) == 2)
+    cache.invalidate(KEY.key_id)
+    source.open.set()
+    assert (await refused(waiting)).reason is Reason.AUTH_UNAVAILABLE
+    assert (await refused(cache.authenticate(KEY.text))).reason is Reason.AUTH_UNAVAILABLE
+
+
+async def test_a_credential_ends_at_its_time_even_in_the_cache(
+    cache: CachedAuthenticator, source: Source, clock: ManualClock
+) -> None:
+    source.known[KEY.text] = principal(expire_time=clock.now() + timedelta(seconds=10))
+    await cache.authenticate(KEY.text)
+    clock.advance(10)
+    assert (await refused(cache.authenticate(KEY.text))).reason is Reason.API_KEY_INVALID
+    source.failure = PlatformError(Reason.UNAVAILABLE)
+    clock.advance(60)
+    assert (await refused(cache.authenticate(KEY.text))).reason is Reason.API_KEY_INVALID
+
+
+async def test_close_ends_look_ups_that_are_under_way(cache: CachedAuthenticator, source: Source) -> None:
+    source.open.clear()
+    waiting = asyncio.create_task(cache.authenticate(KEY.text))
+    await until(lambda: len(source.calls) == 1)
+    await cache.close()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+
+
+async def test_a_principal_comes_over_the_wire_and_so_do_refusals(tmp_path: Path) -> None:
+    class Servicer(auth_service_pb2_grpc.AuthServiceServicer):
+        async def Authenticate(
+            self,
+            request: auth_service_pb2.AuthenticateRequest,
+            context: grpc.aio.ServicerContext[
+                auth_service_pb2.AuthenticateRequest, Awaitable[auth_service_pb2.AuthenticateResponse]
+            ],
+        ) -> auth_service_pb2.AuthenticateResponse:
+            if request.credential != KEY.text:
+                status = to_status(PlatformError(Reason.API_KEY_INVALID))
+                trailer = ("grpc-status-details-bin", status.SerializeToString())
+                context.set_trailing_metadata(grpc.aio.Metadata(trailer))
+                await context.abort(grpc.StatusCode.UNAUTHENTICATED, status.message)
+            return auth_service_pb2.AuthenticateResponse(principal=principal("api_keys.get").to_proto())
+
+        def WatchRevocations(self, request: object, context: object) -> None:  # type: ignore[override]
+            raise NotImplementedError
+
+        def GetCurrentPrincipal(self, request: object, context: object) -> None:  # type: ignore[override]
+            raise NotImplementedError
+
+    server = grpc.aio.server()
+    address = f"unix:{tmp_path}/identity.sock"
+    auth_service_pb2_grpc.add_AuthServiceServicer_to_server(Servicer(), server)
+    server.add_insecure_port(address)
+    await server.start()
+    async with grpc.aio.insecure_channel(address) as channel:
+        remote = RemoteAuthenticator(auth_service_pb2_grpc.AuthServiceStub(channel))
+        assert await remote.authenticate(KEY.text) == principal("api_keys.get")
+        assert (await refused(remote.authenticate(OTHER_KEY.text))).reason is Reason.API_KEY_INVALID
+        await server.stop(None)
+        assert (await refused(remote.authenticate(KEY.text))).reason is Reason.UNAVAILABLE
+
+
+def test_a_principal_travels_unchanged() -> None:
+    full = Principal(
+        kind="service_account",
+        id="sa_1",
+        organization_id="org_a",
+        api_key_id="key_1",
+        user_id="usr_1",
+        service_account_id="sa_1",
+        permissions=frozenset({"a.b", "c.d"}),
+        allowed_models=("m", "n"),
+        platform=True,
+        expire_time=datetime(2027, 1, 1, tzinfo=UTC),
+        organization_limits=RateLimits(requests_per_second=0.5, burst_requests=0),
+        principal_limits=RateLimits(
+            tokens_per_minute=9, concurrent_requests=2, models=(ModelRateLimits("m", tokens_per_minute=1),)
+        ),
+        allowed_networks=("10.0.0.0/8",),
+    )
+    wire = principal_pb2.Principal.FromString(full.to_proto().SerializeToString())
+    assert Principal.from_proto(wire) == full
+    assert hash(full) == hash(Principal.from_proto(wire))
+
+
+def test_absent_limits_stay_absent() -> None:
+    assert RateLimits.from_proto(limits_pb2.RateLimits()) == RateLimits()
+    assert not RateLimits().to_proto().HasField("burst_requests")
+
+
+def test_a_principal_of_unknown_kind_is_not_let_in() -> None:
+    with pytest.raises(PlatformError) as raised:
+        Principal.from_proto(principal_pb2.Principal(principal_id="x", organization_id="org_a"))
+    assert raised.value.reason is Reason.INTERNAL
+
+
+@pytest.mark.parametrize(
+    ("header", "credential"), [("Bearer abc", "abc"), ("bearer abc ", "abc"), ("BEARER  abc", "abc")]
+)
+def test_the_credential_follows_bearer(header: str, credential: str) -> None:
+    assert credential_of(header) == credential
+
+
+@pytest.mark.parametrize("header", ["", "Bearer", "Bearer ", "abc", "Basic abc", "Bearerabc"])
+def test_anything_but_bearer_is_no_credential(header: str) -> None:
+    with pytest.raises(PlatformError) as raised:
+        credential_of(header)
+    assert raised.value.reason is Reason.MISSING_CREDENTIALS
+
+
+# The policy
+
+LIST_KEYS = policy_of(find_method("/aiaas.identity.v1.ApiKeyService/ListApiKeys"))
+CREATE_KEY = policy_of(find_method("/aiaas.identity.v1.ApiKeyService/CreateApiKey"))
+LIST_ORGANIZATIONS = policy_of(find_method("/aiaas.identity.v1.OrganizationService/ListOrganizations"))
+
+
+def keys_of(organization_id: str) -> api_key_service_pb2.ListApiKeysRequest:
+    return api_key_service_pb2.ListApiKeysRequest(organization_id=organization_id)
+
+
+def allowed(caller: Principal | None, policy: options_pb2.MethodPolicy, request: Message) -> bool:
+    authorize(caller, policy, request)
+    return True
+
+
+def denied(caller: Principal | None, policy: options_pb2.MethodPolicy, request: Message) -> PlatformError:
+    with pytest.raises(PlatformError) as raised:
+        authorize(caller, policy, request)
+    return raised.value
+
+
+def test_policies_come_from_the_contract() -> None:
+    assert LIST_KEYS.permission == "api_keys.list"
+    assert policy_of(find_method("aiaas.identity.v1.AuthService.Authenticate")).internal
+    with pytest.raises(KeyError):
+        find_method("/aiaas.identity.v1.ApiKeyService/Nothing")
+
+
+def test_a_principal_with_the_permission_acts_on_its_own_organization() -> None:
+    assert allowed(principal("api_keys.list"), LIST_KEYS, keys_of("org_a"))
+
+
+def test_without_the_permission_it_is_named() -> None:
+    error = denied(principal("api_keys.get", platform=True), LIST_KEYS, keys_of("org_a"))
+    assert error.reason is Reason.PERMISSION_DENIED
+    assert "api_keys.list" in error.message
+    assert error.details == {"permission": "api_keys.list"}
+
+
+def test_another_organization_is_not_found() -> None:
+    error = denied(principal("api_keys.list"), LIST_KEYS, keys_of("org_b"))
+    assert error.reason is Reason.ORGANIZATION_MISMATCH
+    assert error.entry.http == 404
+
+
+def test_permission_is_judged_before_the_organization() -> None:
+    assert denied(principal(), LIST_KEYS, keys_of("org_b")).reason is Reason.PERMISSION_DENIED
+
+
+def test_a_platform_principal_acts_on_any_organization() -> None:
+    assert allowed(principal("api_keys.list", platform=True), LIST_KEYS, keys_of("org_b"))
+
+
+@pytest.mark.parametrize("platform", [True, False])
+def test_an_organization_that_the_path_holds_cannot_be_left_out(platform: bool) -> None:
+    error = denied(principal("api_keys.list", platform=platform), LIST_KEYS, keys_of(""))
+    assert (error.reason, error.field) == (Reason.INVALID_ARGUMENT, "organization_id")
+
+
+def test_an_organization_that_the_path_does_not_hold_may_be_left_out() -> None:
+    policy = options_pb2.MethodPolicy(permission="usage.query")
+    request = usage_service_pb2.QueryUsageRequest()
+    assert allowed(principal("usage.query"), policy, request)
+
+
+def test_another_organization_inside_the_resource_is_not_found() -> None:
+    request = api_key_service_pb2.CreateApiKeyRequest(organization_id="org_a")
+    request.api_key.organization_id = "org_b"
+    assert denied(principal("api_keys.create"), CREATE_KEY, request).reason is Reason.ORGANIZATION_MISMATCH
+    request.api_key.organization_id = "org_a"
+    assert allowed(principal("api_keys.create"), CREATE_KEY, request)
+
+
+def test_an_rpc_on_no_organization_needs_its_permission_only() -> None:
+    request = organization_service_pb2.ListOrganizationsRequest()
+    assert allowed(principal(LIST_ORGANIZATIONS.permission), LIST_ORGANIZATIONS, request)
+    assert denied(principal(), LIST_ORGANIZATIONS, request).reason is Reason.PERMISSION_DENIED
+
+
+@pytest.mark.parametrize("access", ["public", "internal"])
+def test_public_and_internal_calls_need_no_principal(access: str) -> None:
+    policy = options_pb2.MethodPolicy(**{access: True})  # type: ignore[arg-type]
+    assert allowed(None, policy, keys_of("org_b"))
+
+
+def test_an_authenticated_call_needs_any_principal_and_its_own_organization() -> None:
+    policy = options_pb2.MethodPolicy(authenticated=True)
+    assert allowed(principal(), policy, keys_of("org_a"))
+    assert denied(None, policy, keys_of("org_a")).reason is Reason.MISSING_CREDENTIALS
+    assert denied(principal(), policy, keys_of("org_b")).reason is Reason.ORGANIZATION_MISMATCH
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        options_pb2.MethodPolicy(),
+        options_pb2.MethodPolicy(public=False),
+        options_pb2.MethodPolicy(authenticated=False),
+        options_pb2.MethodPolicy(internal=False),
+        options_pb2.MethodPolicy(permission=""),
+    ],
+)
+def test_a_policy_that_says_nothing_lets_nobody_in(policy: options_pb2.MethodPolicy) -> None:
+    assert denied(principal("", platform=True), policy, keys_of("org_a")).reason is Reason.PERMISSION_DENIED
