@@ -4,22 +4,21 @@
 set -eu
 cd "$(dirname "$0")/.."
 python="${PYTHON:-.venv/bin/python}"
-out=gen
-if [ "${1:-}" = --check ]; then
-    out=$(mktemp -d)
-    trap 'rm -rf "$out"' EXIT
-fi
-mkdir -p "$out/python"
-rm -rf "$out/python/aiaas"
+out=$(mktemp -d)
+trap 'rm -rf "$out"' EXIT
+mkdir "$out/python"
 PATH="$(dirname "$python"):$PATH" "$python" -m grpc_tools.protoc -I proto \
     --python_out="$out/python" --grpc_python_out="$out/python" \
     --mypy_out="quiet:$out/python" --mypy_grpc_out="quiet,only_async:$out/python" \
     --descriptor_set_out="$out/descriptors.binpb" --include_imports --include_source_info \
     $(find proto -name '*.proto' | sort)
 touch "$out/python/aiaas/py.typed"
-if [ "$out" != gen ]; then
+if [ "${1:-}" = --check ]; then
     diff -rq -x __pycache__ gen/python "$out/python" && cmp gen/descriptors.binpb "$out/descriptors.binpb" || {
         echo "gen/ differs from what proto/ makes: run 'make generate' and commit the result" >&2
         exit 1
     }
+else
+    rm -rf gen/python/aiaas
+    cp -r "$out/python" "$out/descriptors.binpb" gen/
 fi

@@ -26,7 +26,7 @@ from aiaas.type.v1 import options_pb2 as aiaas_dot_type_dot_v1_dot_options__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#aiaas/router/v1/price_service.proto\x12\x0f\x61iaas.router.v1\x1a\x1b\x61iaas/type/v1/options.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x80\x02\n\x05Price\x12\x10\n\x08price_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12!\n\x19prompt_micros_per_million\x18\x03 \x01(\x03\x12(\n cached_prompt_micros_per_million\x18\x04 \x01(\x03\x12%\n\x1d\x63ompletion_micros_per_million\x18\x05 \x01(\x03\x12.\n\nvalid_from\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"a\n\x12\x43reatePriceRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12%\n\x05price\x18\x02 \x01(\x0b\x32\x16.aiaas.router.v1.Price\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"<\n\x13\x43reatePriceResponse\x12%\n\x05price\x18\x01 \x01(\x0b\x32\x16.aiaas.router.v1.Price\"L\n\x11ListPricesRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"U\n\x12ListPricesResponse\x12&\n\x06prices\x18\x01 \x03(\x0b\x32\x16.aiaas.router.v1.Price\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xca\x02\n\x0cPriceService\x12\xa0\x01\n\x0b\x43reatePrice\x12#.aiaas.router.v1.CreatePriceRequest\x1a$.aiaas.router.v1.CreatePriceResponse\"F\xaa\xd4\x18\x42\n\rprices.create*1\n\x04POST\x12\"/admin/v1/models/{model_id}/prices\x1a\x05price\x12\x96\x01\n\nListPrices\x12\".aiaas.router.v1.ListPricesRequest\x1a#.aiaas.router.v1.ListPricesResponse\"?\x90\x02\x01\xaa\xd4\x18\x38\n\x0bprices.list*)\n\x03GET\x12\"/admin/v1/models/{model_id}/pricesb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#aiaas/router/v1/price_service.proto\x12\x0f\x61iaas.router.v1\x1a\x1b\x61iaas/type/v1/options.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf4\x02\n\x05Price\x12\x10\n\x08price_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12&\n\x19prompt_micros_per_million\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12-\n cached_prompt_micros_per_million\x18\x04 \x01(\x03H\x01\x88\x01\x01\x12*\n\x1d\x63ompletion_micros_per_million\x18\x05 \x01(\x03H\x02\x88\x01\x01\x12.\n\nvalid_from\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x1c\n\x1a_prompt_micros_per_millionB#\n!_cached_prompt_micros_per_millionB \n\x1e_completion_micros_per_million\"a\n\x12\x43reatePriceRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12%\n\x05price\x18\x02 \x01(\x0b\x32\x16.aiaas.router.v1.Price\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"<\n\x13\x43reatePriceResponse\x12%\n\x05price\x18\x01 \x01(\x0b\x32\x16.aiaas.router.v1.Price\"L\n\x11ListPricesRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"U\n\x12ListPricesResponse\x12&\n\x06prices\x18\x01 \x03(\x0b\x32\x16.aiaas.router.v1.Price\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xca\x02\n\x0cPriceService\x12\xa0\x01\n\x0b\x43reatePrice\x12#.aiaas.router.v1.CreatePriceRequest\x1a$.aiaas.router.v1.CreatePriceResponse\"F\xaa\xd4\x18\x42\n\rprices.create*1\n\x04POST\x12\"/admin/v1/models/{model_id}/prices\x1a\x05price\x12\x96\x01\n\nListPrices\x12\".aiaas.router.v1.ListPricesRequest\x1a#.aiaas.router.v1.ListPricesResponse\"?\x90\x02\x01\xaa\xd4\x18\x38\n\x0bprices.list*)\n\x03GET\x12\"/admin/v1/models/{model_id}/pricesb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,15 +38,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PRICESERVICE'].methods_by_name['ListPrices']._loaded_options = None
   _globals['_PRICESERVICE'].methods_by_name['ListPrices']._serialized_options = b'\220\002\001\252\324\0308\n\013prices.list*)\n\003GET\022\"/admin/v1/models/{model_id}/prices'
   _globals['_PRICE']._serialized_start=119
-  _globals['_PRICE']._serialized_end=375
-  _globals['_CREATEPRICEREQUEST']._serialized_start=377
-  _globals['_CREATEPRICEREQUEST']._serialized_end=474
-  _globals['_CREATEPRICERESPONSE']._serialized_start=476
-  _globals['_CREATEPRICERESPONSE']._serialized_end=536
-  _globals['_LISTPRICESREQUEST']._serialized_start=538
-  _globals['_LISTPRICESREQUEST']._serialized_end=614
-  _globals['_LISTPRICESRESPONSE']._serialized_start=616
-  _globals['_LISTPRICESRESPONSE']._serialized_end=701
-  _globals['_PRICESERVICE']._serialized_start=704
-  _globals['_PRICESERVICE']._serialized_end=1034
+  _globals['_PRICE']._serialized_end=491
+  _globals['_CREATEPRICEREQUEST']._serialized_start=493
+  _globals['_CREATEPRICEREQUEST']._serialized_end=590
+  _globals['_CREATEPRICERESPONSE']._serialized_start=592
+  _globals['_CREATEPRICERESPONSE']._serialized_end=652
+  _globals['_LISTPRICESREQUEST']._serialized_start=654
+  _globals['_LISTPRICESREQUEST']._serialized_end=730
+  _globals['_LISTPRICESRESPONSE']._serialized_start=732
+  _globals['_LISTPRICESRESPONSE']._serialized_end=817
+  _globals['_PRICESERVICE']._serialized_start=820
+  _globals['_PRICESERVICE']._serialized_end=1150
 # @@protoc_insertion_point(module_scope)

@@ -21,7 +21,9 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Price(_message.Message):
-    """One version of a model's price, in micro-dollars per million tokens."""
+    """One version of a model's price, in micro-dollars per million tokens. Each amount must be given: zero is free on
+    purpose, absent is refused.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -55,17 +57,28 @@ class Price(_message.Message):
         *,
         price_id: _builtins.str = ...,
         model_id: _builtins.str = ...,
-        prompt_micros_per_million: _builtins.int = ...,
-        cached_prompt_micros_per_million: _builtins.int = ...,
-        completion_micros_per_million: _builtins.int = ...,
+        prompt_micros_per_million: _builtins.int | None = ...,
+        cached_prompt_micros_per_million: _builtins.int | None = ...,
+        completion_micros_per_million: _builtins.int | None = ...,
         valid_from: _timestamp_pb2.Timestamp | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "valid_from", b"valid_from"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cached_prompt_micros_per_million", b"_cached_prompt_micros_per_million", "_completion_micros_per_million", b"_completion_micros_per_million", "_prompt_micros_per_million", b"_prompt_micros_per_million", "cached_prompt_micros_per_million", b"cached_prompt_micros_per_million", "completion_micros_per_million", b"completion_micros_per_million", "create_time", b"create_time", "prompt_micros_per_million", b"prompt_micros_per_million", "valid_from", b"valid_from"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_prompt_micros_per_million", b"cached_prompt_micros_per_million", "completion_micros_per_million", b"completion_micros_per_million", "create_time", b"create_time", "model_id", b"model_id", "price_id", b"price_id", "prompt_micros_per_million", b"prompt_micros_per_million", "valid_from", b"valid_from"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_prompt_micros_per_million", b"_cached_prompt_micros_per_million", "_completion_micros_per_million", b"_completion_micros_per_million", "_prompt_micros_per_million", b"_prompt_micros_per_million", "cached_prompt_micros_per_million", b"cached_prompt_micros_per_million", "completion_micros_per_million", b"completion_micros_per_million", "create_time", b"create_time", "model_id", b"model_id", "price_id", b"price_id", "prompt_micros_per_million", b"prompt_micros_per_million", "valid_from", b"valid_from"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__cached_prompt_micros_per_million: _TypeAlias = _typing.Literal["cached_prompt_micros_per_million"]  # noqa: Y015
+    _WhichOneofArgType__cached_prompt_micros_per_million: _TypeAlias = _typing.Literal["_cached_prompt_micros_per_million", b"_cached_prompt_micros_per_million"]  # noqa: Y015
+    _WhichOneofReturnType__completion_micros_per_million: _TypeAlias = _typing.Literal["completion_micros_per_million"]  # noqa: Y015
+    _WhichOneofArgType__completion_micros_per_million: _TypeAlias = _typing.Literal["_completion_micros_per_million", b"_completion_micros_per_million"]  # noqa: Y015
+    _WhichOneofReturnType__prompt_micros_per_million: _TypeAlias = _typing.Literal["prompt_micros_per_million"]  # noqa: Y015
+    _WhichOneofArgType__prompt_micros_per_million: _TypeAlias = _typing.Literal["_prompt_micros_per_million", b"_prompt_micros_per_million"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cached_prompt_micros_per_million) -> _WhichOneofReturnType__cached_prompt_micros_per_million | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__completion_micros_per_million) -> _WhichOneofReturnType__completion_micros_per_million | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_micros_per_million) -> _WhichOneofReturnType__prompt_micros_per_million | None: ...
 
 Global___Price: _TypeAlias = Price  # noqa: Y015
 
