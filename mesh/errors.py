@@ -39,6 +39,7 @@ class Reason(StrEnum):
     INVALID_ARGUMENT = "invalid_argument"
     FAILED_PRECONDITION = "failed_precondition"
     REQUEST_TOO_LARGE = "request_too_large"
+    REQUEST_TIMEOUT = "request_timeout"
     INVALID_JSON = "invalid_json"
     UNKNOWN_FIELD = "unknown_field"
     MODEL_NOT_FOUND = "model_not_found"
@@ -112,6 +113,13 @@ CATALOG: Mapping[Reason, Entry] = MappingProxyType(
         ),
         Reason.REQUEST_TOO_LARGE: Entry(
             grpc.StatusCode.INVALID_ARGUMENT, 413, _REQUEST, "request_too_large", "The request is too large."
+        ),
+        Reason.REQUEST_TIMEOUT: Entry(
+            grpc.StatusCode.DEADLINE_EXCEEDED,
+            408,
+            _REQUEST,
+            "request_timeout",
+            "The body of the request took too long to arrive.",
         ),
         Reason.INVALID_JSON: Entry(
             grpc.StatusCode.INVALID_ARGUMENT,

@@ -1,0 +1,34 @@
+"""What every RPC passes on its way in, one file each; no interceptor knows a service.
+
+The order matters: the request id is there for every log line, tracing and metrics see the error as it leaves, errors
+turn exceptions into statuses, the deadline covers authentication too.
+"""
+
+from typing import Any
+
+import grpc
+
+from mesh.auth import Authenticator
+from mesh.interceptors.auth import AuthInterceptor
+from mesh.interceptors.deadline import DeadlineInterceptor
+from mesh.interceptors.errors import ErrorsInterceptor
+from mesh.interceptors.metrics import MetricsInterceptor
+from mesh.interceptors.request_id import RequestIdInterceptor
+from mesh.interceptors.tracing import tracing_interceptor
+
+
+def chain(
+    authenticator: Authenticator, *, traced: bool = False, stream_timeout_s: float = 600.0
+) -> list[grpc.aio.ServerInterceptor[Any, Any]]:
+    """The interceptors of every server of the platform, outermost first.
+
+    `traced` says whether spans go anywhere; `stream_timeout_s` ends streams whose caller set no deadline.
+    """
+    return [
+        RequestIdInterceptor(),
+        *([tracing_interceptor()] if traced else []),
+        MetricsInterceptor(),
+        ErrorsInterceptor(),
+        DeadlineInterceptor(stream_timeout_s=stream_timeout_s),
+        AuthInterceptor(authenticator),
+    ]

@@ -1,0 +1,45 @@
+"""Holds every call to the policy that its contract declares; it never knows how a credential is checked."""
+
+from functools import cache
+from typing import Any
+
+import grpc
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.message import Message
+from grpc_interceptor import AsyncServerInterceptor
+
+from aiaas.type.v1 import options_pb2
+from mesh import context as call
+from mesh.auth import Authenticator, authorize, credential_of, find_method, policy_of
+from mesh.interceptors.handler import Handler, metadata_value, proceed
+
+_WITHOUT_PRINCIPAL = ("public", "internal")
+
+
+class AuthInterceptor(AsyncServerInterceptor):
+    """Resolves the principal, checks permission and organization, and sets `mesh.context.principal`."""
+
+    def __init__(self, authenticator: Authenticator) -> None:
+        self._authenticator = authenticator
+
+    async def intercept(
+        self, method: Handler, request: Any, context: grpc.aio.ServicerContext[Any, Any], method_name: str
+    ) -> Any:
+        """Passes the call on, if its caller may make it. Raises PlatformError as `mesh.auth.authorize` does."""
+        if not method_name.startswith("/aiaas."):
+            # gRPC's own services: health and reflection.
+            return await proceed(method, request, context)
+        policy = _policy(method_name)
+        if policy.WhichOneof("access") not in _WITHOUT_PRINCIPAL:
+            credential = credential_of(metadata_value(context, "authorization"))
+            principal = await self._authenticator.authenticate(credential)
+            # A stream of requests is judged by permission alone; its handler judges each message.
+            authorize(principal, policy, request if isinstance(request, Message) else Empty())
+            call.principal.set(principal)
+            call.credential.set(credential)
+        return await proceed(method, request, context)
+
+
+@cache
+def _policy(method_name: str) -> options_pb2.MethodPolicy:
+    return policy_of(find_method(method_name))
