@@ -5,7 +5,7 @@ The pool is made on first use and connects when it is asked, so a process starts
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, TypeAlias
 
 import asyncpg
@@ -93,7 +93,9 @@ class Database:
                         raise PlatformError(Reason.UNAVAILABLE) from error
                     raise
         finally:
-            await pool.release(connection)
+            # One that broke cannot be reset for its next user; the pool has ended it by then.
+            with suppress(asyncpg.InterfaceError, asyncpg.InternalClientError, *_AWAY):
+                await pool.release(connection)
 
     async def _opened(self) -> "asyncpg.Pool[asyncpg.Record]":
         if self._pool is None:

@@ -46,7 +46,7 @@ class GrpcServer:
         self,
         address: str,
         services: Sequence[tuple[ServiceDescriptor, AddServicer, Any]],
-        interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]],
+        interceptors: "Sequence[grpc.aio.ServerInterceptor[Any, Any]]",
         *,
         reflect: bool = False,
         drain_s: float = 30.0,

@@ -1,0 +1,107 @@
+"""Real data servers for every test that asks for one: started on first use, shared within a worker, ended with it.
+
+RabbitMQ takes seconds to start, so all tests that use it run in one worker; so do the end-to-end tests, on one stack.
+"""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+import aio_pika
+import asyncpg
+import pytest
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+from redis.asyncio import Redis
+
+from deploy.local.servers import Postgres, RabbitMQ, Valkey
+from deploy.local.state import State
+from deploy.local.supervisor import Supervisor
+
+_GROUPS = {"amqp_url": "amqp", "platform": "e2e"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps together what shares a slow server (with --dist loadgroup)."""
+    for item in items:
+        for fixture, group in _GROUPS.items():
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.xdist_group(group))
+
+
+@dataclass
+class Servers:
+    """The data servers of one worker, on an event loop of their own."""
+
+    portal: BlockingPortal
+    supervisor: Supervisor
+    postgres: Postgres
+    valkey: Valkey
+    rabbitmq: RabbitMQ
+    started: set[str] = field(default_factory=set)
+
+    def start(self, server: Postgres | Valkey | RabbitMQ) -> None:
+        """Starts a server that nobody has asked for yet."""
+        if server.name not in self.started:
+            self.portal.call(server.start, self.supervisor)
+            self.started.add(server.name)
+
+    def pid(self, server: Postgres | Valkey | RabbitMQ) -> int:
+        """The process of a server that runs; it is started again when a test kills it."""
+        pid = self.supervisor.pid(server.name)
+        assert pid is not None
+        return pid
+
+    async def ready(self, server: Postgres | Valkey | RabbitMQ) -> None:
+        """Returns once a server answers."""
+        future = self.portal.start_task_soon(self.supervisor.ready, server.name)
+        await asyncio.wrap_future(future)
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[Servers]:
+    with (
+        State.temporary() as state,
+        start_blocking_portal() as portal,
+        portal.wrap_async_context_manager(Supervisor(state)) as supervisor,
+    ):
+        yield Servers(portal, supervisor, Postgres(state), Valkey(state), RabbitMQ(state))
+
+
+@pytest.fixture
+async def postgres_url(servers: Servers) -> AsyncIterator[str]:
+    """An empty database, dropped after the test."""
+    servers.start(servers.postgres)
+    name = f"test_{uuid.uuid4().hex}"
+    connection = await asyncpg.connect(servers.postgres.admin_url)
+    await connection.execute(f'CREATE DATABASE "{name}"')
+    await connection.close()
+    yield urlsplit(servers.postgres.admin_url)._replace(path=f"/{name}").geturl()
+    await servers.ready(servers.postgres)
+    connection = await asyncpg.connect(servers.postgres.admin_url)
+    await connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+    await connection.close()
+
+
+@pytest.fixture
+async def redis_url(servers: Servers) -> str:
+    """An empty Valkey."""
+    servers.start(servers.valkey)
+    await servers.ready(servers.valkey)
+    async with Redis.from_url(servers.valkey.url) as redis:
+        await redis.flushall()
+    return servers.valkey.url
+
+
+@pytest.fixture
+async def amqp_url(servers: Servers) -> str:
+    """A RabbitMQ without the queues of earlier tests."""
+    servers.start(servers.rabbitmq)
+    await servers.ready(servers.rabbitmq)
+    async with await aio_pika.connect(servers.rabbitmq.url) as connection:
+        channel = await connection.channel()
+        for queue in ("analytics.usage.v1", "analytics.usage.v1.dead"):
+            await channel.queue_delete(queue)
+        await channel.exchange_delete("usage")
+    return servers.rabbitmq.url
