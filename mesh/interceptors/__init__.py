@@ -4,6 +4,8 @@ The order matters: the request id is there for every log line, tracing and metri
 turn exceptions into statuses, the deadline covers authentication too.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import grpc

@@ -8,7 +8,7 @@ import grpc
 from grpc_interceptor import AsyncServerInterceptor
 from grpc_status import rpc_status
 
-from mesh.errors import PlatformError, to_status
+from mesh.errors import PlatformError, Reason, to_status
 from mesh.interceptors.handler import Handler, proceed
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,9 @@ async def _stream(
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], method_name: str, error: Exception) -> NoReturn:
     if isinstance(error, grpc.aio.AbortError):
         raise error
+    if isinstance(error, NotImplementedError):
+        # What the generated base class of a servicer raises for a method that the servicer lacks.
+        error = PlatformError(Reason.UNIMPLEMENTED)
     if not isinstance(error, PlatformError | grpc.aio.AioRpcError):
         logger.error("%s failed", method_name, exc_info=error)
     status: Any = rpc_status.to_status(to_status(error))

@@ -1,5 +1,7 @@
 """One span for every RPC, by OpenTelemetry's own instrumentation; health checks and reflection get none."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import grpc

@@ -110,7 +110,17 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     output = (base / "output.txt").open("w+")
-    command = [sys.executable, "-m", "deploy.local", "--port", str(port), "--engine", ENGINE, "--replicas", str(REPLICAS)]
+    command = [
+        sys.executable,
+        "-m",
+        "deploy.local",
+        "--port",
+        str(port),
+        "--engine",
+        ENGINE,
+        "--replicas",
+        str(REPLICAS),
+    ]
     stack = subprocess.Popen(
         command,
         env={**os.environ, "AIAAS_STATE_DIR": str(state)},

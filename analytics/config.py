@@ -1,0 +1,48 @@
+"""What analytics is told by its environment, read once at start; it never says how any of it is used."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import msgspec
+
+from mesh.config import setting
+
+
+@dataclass(frozen=True)
+class AnalyticsConfig:
+    """The configuration of analytics. A wrong variable is named by `python -m analytics check-config`."""
+
+    database_url: str = setting(
+        "AIAAS_ANALYTICS_DATABASE_URL", "postgresql://... of the database of usage events and their sums", secret=True
+    )
+    redis_url: str = setting(
+        "AIAAS_ANALYTICS_REDIS_URL", "redis://... for freshness; nothing is kept there yet", default="", secret=True
+    )
+    amqp_url: str = setting("AIAAS_ANALYTICS_AMQP_URL", "amqp://... that usage events are taken from", secret=True)
+    identity_target: str = setting(
+        "AIAAS_ANALYTICS_IDENTITY_TARGET", "gRPC target of identity, which judges credentials"
+    )
+    grpc_address: str = setting(
+        "AIAAS_ANALYTICS_GRPC_ADDRESS", "host:port or unix:path that gRPC listens on", default="127.0.0.1:27005"
+    )
+    ops_address: str = setting(
+        "AIAAS_ANALYTICS_OPS_ADDRESS", "host:port of /health, /ready and /metrics", default="127.0.0.1:27105"
+    )
+    drain_s: Annotated[float, msgspec.Meta(ge=0)] = setting(
+        "AIAAS_ANALYTICS_DRAIN_S", "seconds that running calls may go on after a signal to stop", default=10.0
+    )
+    reflection: bool = setting("AIAAS_ANALYTICS_REFLECTION", "whether gRPC reflection is served", default=True)
+    batch_size: Annotated[int, msgspec.Meta(ge=1, le=5000)] = setting(
+        "AIAAS_ANALYTICS_BATCH_SIZE",
+        "events that one transaction takes at most; more need more memory, fewer take longer",
+        default=500,
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = setting(
+        "AIAAS_LOG_LEVEL", "least severe log records that are written", default="INFO"
+    )
+    otlp_endpoint: str | None = setting(
+        "AIAAS_OTLP_ENDPOINT", "http://host:port of an OTLP collector; without it no traces are made", default=None
+    )
+    trace_ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] = setting(
+        "AIAAS_TRACE_RATIO", "share of requests that are traced, 0 to 1", default=0.01
+    )

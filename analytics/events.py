@@ -1,0 +1,126 @@
+"""Reads one usage event from the queue and holds it to what its contract promises; it never stores or counts one."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
+
+from google.protobuf.message import DecodeError
+
+from aiaas.type.v1.usage_event_pb2 import Endpoint, Outcome, UsageEvent
+
+SCHEMA_VERSION = 1
+"""The meaning of events that is understood here."""
+
+BODY_BYTES = 64 * 1024
+"""Size of an event; an honest one has about a hundredth of it."""
+
+TEXT_BYTES = 256
+"""Size of an id or a name: six of them fit into one entry of a PostgreSQL index."""
+
+TOKENS = 1_000_000_000
+"""Tokens of one request, each kind: no engine comes near it, and sums stay far from the end of a bigint."""
+
+COST_MICROS = 1_000_000_000_000
+"""Cost of one request in micro-dollars: a million dollars."""
+
+AGE = timedelta(days=400)
+"""How old an event may be: as long as events are kept."""
+
+AHEAD = timedelta(hours=1)
+"""How far the clock of a router may run ahead."""
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_OUTCOMES = frozenset(Outcome.values()) - {Outcome.OUTCOME_UNSPECIFIED}
+
+
+class UnacceptableEvent(Exception):
+    """The body is not a usage event that can be counted. Says what is wrong, and repeats nothing of it."""
+
+
+class Event(NamedTuple):
+    """One usage event as it is stored: the columns of usage_events, in their order."""
+
+    request_id: str
+    admit_time: datetime
+    organization_id: str
+    api_key_id: str
+    user_id: str
+    service_account_id: str
+    model: str
+    backend_id: str
+    endpoint: int
+    outcome: int
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    completion_tokens: int
+    cost_micros: int
+    body: bytes
+
+
+def read_event(body: bytes, now: datetime) -> Event:
+    """The event in `body`, a serialized UsageEvent. Raises UnacceptableEvent.
+
+    Only what would make sums wrong, or the database refuse a whole batch, is refused. An endpoint that is newer than
+    this code is not; an outcome is, since it decides what is a failure and what is billed.
+    """
+    if len(body) > BODY_BYTES:
+        raise UnacceptableEvent("body is too large")
+    try:
+        message = UsageEvent.FromString(body)
+    except DecodeError:
+        raise UnacceptableEvent("body is no UsageEvent") from None
+    if message.schema_version != SCHEMA_VERSION:
+        raise UnacceptableEvent("schema_version is unknown")
+    refused = message.outcome == Outcome.OUTCOME_REFUSED
+    usage = message.usage
+    event = Event(
+        request_id=_text(message.request_id, "request_id", required=True),
+        admit_time=_admit_time(message, now),
+        organization_id=_text(message.organization_id, "organization_id", required=True),
+        api_key_id=_text(message.api_key_id, "api_key_id"),
+        user_id=_text(message.user_id, "user_id"),
+        service_account_id=_text(message.service_account_id, "service_account_id"),
+        # A request can be refused because its model or endpoint is none.
+        model=_text(message.model, "model", required=not refused),
+        backend_id=_text(message.backend_id, "backend_id"),
+        endpoint=message.endpoint,
+        outcome=message.outcome,
+        prompt_tokens=_amount(usage.prompt_tokens, TOKENS, "prompt_tokens"),
+        cached_prompt_tokens=_amount(usage.cached_prompt_tokens, usage.prompt_tokens, "cached_prompt_tokens"),
+        completion_tokens=_amount(usage.completion_tokens, TOKENS, "completion_tokens"),
+        cost_micros=_amount(message.cost_micros, COST_MICROS, "cost_micros"),
+        body=body,
+    )
+    if event.outcome not in _OUTCOMES:
+        raise UnacceptableEvent("outcome is unknown")
+    if not (0 <= event.endpoint < 2**15) or (event.endpoint == Endpoint.ENDPOINT_UNSPECIFIED and not refused):
+        raise UnacceptableEvent("endpoint is unknown")
+    if refused and (event.prompt_tokens or event.completion_tokens or event.cost_micros):
+        raise UnacceptableEvent("a refused request bills something")
+    return event
+
+
+def _text(value: str, field: str, *, required: bool = False) -> str:
+    if required and not value:
+        raise UnacceptableEvent(f"{field} is missing")
+    # PostgreSQL has no NUL in text.
+    if "\0" in value or len(value.encode()) > TEXT_BYTES:
+        raise UnacceptableEvent(f"{field} is no id")
+    return value
+
+
+def _amount(value: int, most: int, field: str) -> int:
+    if not 0 <= value <= most:
+        raise UnacceptableEvent(f"{field} is absurd")
+    return value
+
+
+def _admit_time(message: UsageEvent, now: datetime) -> datetime:
+    if not message.HasField("admit_time"):
+        raise UnacceptableEvent("admit_time is missing")
+    seconds, nanos = message.admit_time.seconds, message.admit_time.nanos
+    earliest, latest = (now - AGE).timestamp(), (now + AHEAD).timestamp()
+    if not (earliest <= seconds <= latest and 0 <= nanos < 1_000_000_000):
+        raise UnacceptableEvent("admit_time is absurd")
+    return _EPOCH + timedelta(seconds=seconds, microseconds=nanos // 1000)

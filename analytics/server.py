@@ -1,0 +1,81 @@
+"""What analytics is made of, read top to bottom; nothing else knows every class."""
+
+import asyncio
+import contextlib
+import secrets
+
+from aiaas.analytics.v1 import usage_service_pb2, usage_service_pb2_grpc
+from aiaas.identity.v1 import auth_service_pb2, auth_service_pb2_grpc
+from analytics import metrics
+from analytics.config import AnalyticsConfig
+from analytics.consumer import QUEUE, Consumer
+from analytics.freshness import Marks
+from analytics.partitions import keep_partitions
+from analytics.store import UsageStore
+from analytics.usage_service import UsageService
+from mesh.auth import CachedAuthenticator, RemoteAuthenticator
+from mesh.broker import Broker
+from mesh.channel import connect
+from mesh.clock import SystemClock
+from mesh.database import Database
+from mesh.interceptors import chain
+from mesh.ops import OpsServer
+from mesh.server import GrpcServer
+
+
+async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
+    """Serve until `stop` is set, then drain.
+
+    Raises mesh.server.AddressInUseError, OSError for a taken operations port, and the group of what ended a background
+    task, of which none may end before the process does.
+    """
+    clock = SystemClock()
+    async with contextlib.AsyncExitStack() as resources:
+        database = Database(config.database_url)
+        resources.push_async_callback(database.close)
+        broker = Broker(config.amqp_url, QUEUE)
+        resources.push_async_callback(broker.close)
+        identity = await resources.enter_async_context(
+            connect(config.identity_target, auth_service_pb2.DESCRIPTOR.services_by_name["AuthService"])
+        )
+        authenticator = CachedAuthenticator(
+            RemoteAuthenticator(auth_service_pb2_grpc.AuthServiceStub(identity)), clock, secrets.SystemRandom()
+        )
+        resources.push_async_callback(authenticator.close)
+
+        store = UsageStore(database)
+        consumer = Consumer(store, clock)
+        marks = Marks(broker, QUEUE.name, store, clock)
+        metrics.LAG_SECONDS.set_function(marks.lag_s)
+        usage_service = UsageService(store, clock)  # type: ignore[abstract]  # ExplainCharge comes later
+        grpc_server = GrpcServer(
+            config.grpc_address,
+            [
+                (
+                    usage_service_pb2.DESCRIPTOR.services_by_name["UsageService"],
+                    usage_service_pb2_grpc.add_UsageServiceServicer_to_server,
+                    usage_service,
+                )
+            ],
+            chain(authenticator, traced=config.otlp_endpoint is not None),
+            reflect=config.reflection,
+            drain_s=config.drain_s,
+        )
+        ops_host, _, ops_port = config.ops_address.rpartition(":")
+        ops_server = OpsServer(int(ops_port), {"database": database.check}, host=ops_host)
+
+        async with asyncio.TaskGroup() as tasks:
+            background = [
+                tasks.create_task(keep_partitions(store, clock), name="partitions"),
+                tasks.create_task(consumer.run(broker, QUEUE, config.batch_size), name="consumer"),
+                tasks.create_task(marks.run(), name="marks"),
+            ]
+            await ops_server.start()
+            try:
+                await grpc_server.start()
+                await stop.wait()
+            finally:
+                await grpc_server.stop()
+                await ops_server.stop()
+                for task in background:
+                    task.cancel()

@@ -1,0 +1,100 @@
+"""The gRPC face of usage: questions in, sums and records out; it decides nothing itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from aiaas.analytics.v1 import usage_service_pb2, usage_service_pb2_grpc
+from aiaas.analytics.v1.usage_service_pb2 import UsageDimension, UsageTotals
+from aiaas.type.v1.usage_event_pb2 import Endpoint, Outcome, UsageEvent
+from analytics import pages
+from analytics.freshness import Freshness
+from analytics.store import UsageStore
+from analytics.usage import Bucket, Record, RecordPlace, UsageQuery, read_record_query, read_usage_query
+from mesh.clock import Clock
+
+# Dimensions whose values are numbers of an enum, and the names of these.
+_NAMES: dict[UsageDimension.ValueType, dict[str, str]] = {
+    UsageDimension.USAGE_DIMENSION_ENDPOINT: {str(number): name for name, number in Endpoint.items()},
+    UsageDimension.USAGE_DIMENSION_OUTCOME: {str(number): name for name, number in Outcome.items()},
+}
+
+
+class UsageService(usage_service_pb2_grpc.UsageServiceServicer):
+    """aiaas.analytics.v1.UsageService."""
+
+    def __init__(self, store: UsageStore, clock: Clock) -> None:
+        self._store = store
+        self._clock = clock
+
+    async def QueryUsage(
+        self, request: usage_service_pb2.QueryUsageRequest, context: object
+    ) -> usage_service_pb2.QueryUsageResponse:
+        """Sums over a range of time, in buckets and groups."""
+        query = read_usage_query(request, self._clock.now())
+        freshness = await self._freshness()
+        buckets, totals = await self._store.query_usage(query)
+        messages = pages.cut(buckets, query.page_size, _bucket_message(query))
+        token = ""
+        if len(messages) < len(buckets):
+            token = pages.write_token(request, buckets[len(messages) - 1].place)
+        return usage_service_pb2.QueryUsageResponse(
+            buckets=messages,
+            totals=UsageTotals(**totals._asdict()),
+            freshness=freshness,
+            next_page_token=token,
+        )
+
+    async def ListUsageRecords(
+        self, request: usage_service_pb2.ListUsageRecordsRequest, context: object
+    ) -> usage_service_pb2.ListUsageRecordsResponse:
+        """Single requests, newest first."""
+        query = read_record_query(request, self._clock.now())
+        freshness = await self._freshness()
+        records = await self._store.list_records(query)
+        messages = pages.cut(records, query.page_size, _record_message)
+        token = ""
+        if len(messages) < len(records):
+            last = records[len(messages) - 1]
+            token = pages.write_token(request, RecordPlace(query.start_time, last.admit_time, last.request_id))
+        return usage_service_pb2.ListUsageRecordsResponse(records=messages, freshness=freshness, next_page_token=token)
+
+    async def _freshness(self) -> usage_service_pb2.Freshness:
+        """Read before the sums, so that it never promises more than they hold."""
+        freshness = Freshness(await self._store.complete_until(), self._clock.now())
+        message = usage_service_pb2.Freshness(state=freshness.state)
+        if freshness.complete_until is not None and freshness.lag is not None:
+            message.complete_until.FromDatetime(freshness.complete_until)
+            message.lag.FromTimedelta(freshness.lag)
+        return message
+
+
+def _bucket_message(query: UsageQuery) -> Callable[[Bucket], usage_service_pb2.UsageBucket]:
+    bounds = []
+    for edge in query.edges:
+        bounds.append(Timestamp())
+        bounds[-1].FromDatetime(edge)
+
+    def to_message(bucket: Bucket) -> usage_service_pb2.UsageBucket:
+        number, values = bucket.place.bucket, bucket.place.group
+        return usage_service_pb2.UsageBucket(
+            start_time=bounds[number - 1],
+            end_time=bounds[number],
+            group=[
+                usage_service_pb2.UsageGroupValue(
+                    dimension=dimension,
+                    # A value that is newer than this code is told by its number.
+                    value=_NAMES[dimension].get(value, value) if dimension in _NAMES else value,
+                )
+                for dimension, value in zip(query.group_by, values, strict=True)
+            ],
+            totals=UsageTotals(**bucket.totals._asdict()),
+        )
+
+    return to_message
+
+
+def _record_message(record: Record) -> UsageEvent:
+    return UsageEvent.FromString(record.event)

@@ -1,0 +1,1 @@
+"""How the platform is brought up; never holds anything that a service imports."""

@@ -1,0 +1,51 @@
+"""Ports of this machine: free private ones and the public one; never hands out the same port twice in one process."""
+
+import errno
+import random
+import socket
+
+from deploy.local.errors import LocalError
+
+# Below the range from which the kernel takes ports for outgoing connections, so that no client ever sits on one.
+PRIVATE_PORTS = range(20000, 32000)
+_handed_out: set[int] = set()
+_random = random.SystemRandom()
+
+
+def free_port() -> int:
+    """A private port on which nothing listens, chosen at random so that stacks started side by side do not meet.
+
+    Raises LocalError when none of many tries was free.
+    """
+    for _ in range(1000):
+        port = _random.choice(PRIVATE_PORTS)
+        if port not in _handed_out and _refusal(port) is None:
+            _handed_out.add(port)
+            return port
+    raise LocalError("No free port was found between 20000 and 31999: stop what holds them.")
+
+
+def require_free(port: int) -> None:
+    """Checks that the public port can be listened on. Raises LocalError with what to do otherwise."""
+    refusal = _refusal(port)
+    if refusal is None:
+        return
+    if refusal.errno == errno.EACCES:
+        raise LocalError(f"Port {port} needs root: choose one from 1024 on, for example make up PORT=8080.")
+    if refusal.errno == errno.EADDRINUSE:
+        raise LocalError(
+            f"Port {port} is in use: stop what listens there (ss -ltnp 'sport = :{port}' names it), "
+            f"or choose another, for example make up PORT={port + 1}."
+        )
+    raise LocalError(f"Port {port} cannot be listened on ({refusal.strerror}): choose another with make up PORT=...")
+
+
+def _refusal(port: int) -> OSError | None:
+    with socket.socket() as probe:
+        # A port that only waits for old connections to time out is free for a server.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            return error
+    return None

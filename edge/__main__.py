@@ -1,0 +1,8 @@
+"""The command line of the edge: serve, check-config; everything it starts is in `edge.server`."""
+
+from edge.config import EdgeConfig
+from edge.server import serve
+from mesh.process import main
+
+if __name__ == "__main__":
+    main("edge", EdgeConfig, None, serve)

@@ -1,0 +1,1 @@
+"""Who may do what: organizations, people, service accounts, API keys and roles; it never sees a prompt."""

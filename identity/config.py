@@ -1,0 +1,42 @@
+"""The configuration of identity, one variable a field; it never has a default for what must be secret."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import msgspec
+
+from mesh.config import setting
+
+
+@dataclass(frozen=True)
+class IdentityConfig:
+    """What identity is told by its environment."""
+
+    grpc_address: str = setting(
+        "AIAAS_IDENTITY_GRPC_ADDRESS", "host:port or unix:path of the gRPC server", default="127.0.0.1:27001"
+    )
+    ops_address: Annotated[str, msgspec.Meta(pattern=r"^[^:]+:\d{1,5}$")] = setting(
+        "AIAAS_IDENTITY_OPS_ADDRESS", "host:port of /health, /ready and /metrics", default="127.0.0.1:27011"
+    )
+    database_url: str = setting(
+        "AIAAS_IDENTITY_DATABASE_URL", "PostgreSQL of identity, postgresql://user@host:port/name", secret=True
+    )
+    redis_url: str = setting(
+        "AIAAS_IDENTITY_REDIS_URL",
+        "Redis that carries revocations; without it, other processes notice one when their caches age",
+        default="",
+        secret=True,
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = setting(
+        "AIAAS_LOG_LEVEL", "the least severe log records that are written", default="INFO"
+    )
+    otlp_endpoint: str = setting(
+        "AIAAS_OTLP_ENDPOINT", "where spans are sent, http://host:port; without it none are recorded", default=""
+    )
+    trace_ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] = setting(
+        "AIAAS_TRACE_RATIO", "the part of traces beginning here that is recorded, 0 to 1", default=1.0
+    )
+    reflection: bool = setting("AIAAS_IDENTITY_REFLECTION", "whether gRPC reflection is served", default=True)
+    drain_s: Annotated[float, msgspec.Meta(ge=0, le=300)] = setting(
+        "AIAAS_IDENTITY_DRAIN_S", "seconds that calls get to end in when the process stops", default=10.0
+    )

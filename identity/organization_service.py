@@ -1,0 +1,96 @@
+"""OrganizationService: requests to the domain, its answers back; it never decides anything."""
+
+from aiaas.identity.v1 import organization_service_pb2 as pb
+from aiaas.identity.v1 import organization_service_pb2_grpc
+from identity.conversions import to_timestamp
+from identity.fields import check_id, invalid
+from identity.organizations import CHANGEABLE, Organization, Organizations, OrganizationState
+from identity.pages import read_page
+from identity.principals import caller
+from identity.updates import etag_of, fields_to_change
+from mesh.auth import RateLimits
+
+_STATES = {
+    pb.ORGANIZATION_STATE_ACTIVE: OrganizationState.ACTIVE,
+    pb.ORGANIZATION_STATE_SUSPENDED: OrganizationState.SUSPENDED,
+    pb.ORGANIZATION_STATE_DELETED: OrganizationState.DELETED,
+}
+_STATE_NUMBERS = {state: number for number, state in _STATES.items()}
+
+
+class OrganizationService(organization_service_pb2_grpc.OrganizationServiceServicer):
+    """The organizations of the platform."""
+
+    def __init__(self, organizations: Organizations) -> None:
+        self._organizations = organizations
+
+    async def CreateOrganization(
+        self, request: pb.CreateOrganizationRequest, context: object
+    ) -> pb.CreateOrganizationResponse:
+        """Make an organization."""
+        wanted = _from_proto("", request.organization)
+        made = await self._organizations.create(caller(), wanted, request.request_id)
+        return pb.CreateOrganizationResponse(organization=_to_proto(made))
+
+    async def GetOrganization(self, request: pb.GetOrganizationRequest, context: object) -> pb.GetOrganizationResponse:
+        """Return one organization."""
+        found = await self._organizations.get(check_id(request.organization_id, "organization_id"))
+        return pb.GetOrganizationResponse(organization=_to_proto(found))
+
+    async def ListOrganizations(
+        self, request: pb.ListOrganizationsRequest, context: object
+    ) -> pb.ListOrganizationsResponse:
+        """List the organizations that the caller may see."""
+        if request.state and request.state not in _STATES:
+            raise invalid("state", "is unknown")
+        page = read_page(request.page_size, request.page_token, "organizations", str(request.state))
+        rows, next_page_token = await self._organizations.list(caller(), page, _STATES.get(request.state))
+        return pb.ListOrganizationsResponse(organizations=map(_to_proto, rows), next_page_token=next_page_token)
+
+    async def UpdateOrganization(
+        self, request: pb.UpdateOrganizationRequest, context: object
+    ) -> pb.UpdateOrganizationResponse:
+        """Change an organization."""
+        organization_id = check_id(request.organization_id, "organization_id")
+        changed = fields_to_change(request.update_mask, request.organization, CHANGEABLE)
+        wanted = _from_proto(organization_id, request.organization)
+        updated = await self._organizations.update(
+            caller(), organization_id, wanted, changed, request.organization.etag
+        )
+        return pb.UpdateOrganizationResponse(organization=_to_proto(updated))
+
+    async def SuspendOrganization(
+        self, request: pb.SuspendOrganizationRequest, context: object
+    ) -> pb.SuspendOrganizationResponse:
+        """Stop all use of an organization's credentials."""
+        suspended = await self._organizations.suspend(check_id(request.organization_id, "organization_id"))
+        return pb.SuspendOrganizationResponse(organization=_to_proto(suspended))
+
+    async def ReactivateOrganization(
+        self, request: pb.ReactivateOrganizationRequest, context: object
+    ) -> pb.ReactivateOrganizationResponse:
+        """End a suspension."""
+        active = await self._organizations.reactivate(check_id(request.organization_id, "organization_id"))
+        return pb.ReactivateOrganizationResponse(organization=_to_proto(active))
+
+
+def _from_proto(organization_id: str, message: pb.Organization) -> Organization:
+    return Organization(
+        organization_id=organization_id,
+        display_name=message.display_name,
+        rate_limits=RateLimits.from_proto(message.rate_limits),
+        allowed_models=tuple(message.allowed_models),
+    )
+
+
+def _to_proto(organization: Organization) -> pb.Organization:
+    return pb.Organization(
+        organization_id=organization.organization_id,
+        display_name=organization.display_name,
+        state=_STATE_NUMBERS[organization.state],
+        rate_limits=organization.rate_limits.to_proto(),
+        allowed_models=organization.allowed_models,
+        create_time=to_timestamp(organization.create_time),
+        update_time=to_timestamp(organization.update_time),
+        etag=etag_of(organization.revision),
+    )

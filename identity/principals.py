@@ -1,0 +1,136 @@
+"""From a credential to the principal behind it, and whether it is accepted at all; it never authorizes a call.
+
+Everything that ends a credential ends it here, by one and the same refusal: revoked, expired, a wrong secret, a
+suspended organization or user, a disabled service account, an owner that is gone. Why is logged, never told.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from identity import roles
+from identity.api_keys import ApiKey
+from identity.organizations import OrganizationState
+from mesh import api_key, context
+from mesh.auth import Principal, RateLimits
+from mesh.clock import Clock
+from mesh.errors import PlatformError, Reason
+
+if TYPE_CHECKING:
+    from identity.last_uses import LastUses
+    from identity.stores import Store
+
+logger = logging.getLogger(__name__)
+
+NO_MODEL = ("",)
+"""The allowed models of a principal that may use none, as an empty list means all and no model has an empty id."""
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A service account or user in an organization: its roles, what the custom ones of them grant, and whether it may
+    act."""
+
+    role_ids: tuple[str, ...]
+    custom_permissions: frozenset[str]
+    acting: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Credential:
+    """All that decides on an API key. `holder` is None for a key without an owner, and for one whose owner is gone."""
+
+    key: ApiKey
+    digest: bytes = field(repr=False)
+    organization_state: OrganizationState
+    organization_limits: RateLimits
+    organization_models: tuple[str, ...]
+    holder: Holder | None
+
+
+class Principals:
+    """Turns API keys into principals; the mesh's Authenticator, answered out of the database."""
+
+    def __init__(self, store: Store, clock: Clock, last_uses: LastUses) -> None:
+        self._store = store
+        self._clock = clock
+        self._last_uses = last_uses
+
+    async def authenticate(self, credential: str) -> Principal:
+        """The principal behind an API key.
+
+        Raises PlatformError: API_KEY_INVALID, AUTH_UNAVAILABLE when the database is away.
+        """
+        parsed = api_key.parse(credential)
+        try:
+            found = await self._store.credential(parsed.key_id)
+        except PlatformError as error:
+            if error.reason in (Reason.UNAVAILABLE, Reason.DEADLINE_EXCEEDED):
+                raise PlatformError(Reason.AUTH_UNAVAILABLE, retry_after_s=error.retry_after_s) from error
+            raise
+        now = self._clock.now()
+        wrong = "unknown" if found is None else _what_is_wrong(found, parsed, now)
+        if found is None or wrong:
+            logger.info("an API key was refused", extra={"api_key_id": parsed.key_id, "why": wrong})
+            raise PlatformError(Reason.API_KEY_INVALID)
+        self._last_uses.note(found.key.organization_id, found.key.api_key_id, now)
+        return principal_of(found)
+
+
+def caller() -> Principal:
+    """Who makes the call that is being served. Raises PlatformError(MISSING_CREDENTIALS) outside of an authenticated
+    one."""
+    principal = context.principal.get()
+    if principal is None:
+        raise PlatformError(Reason.MISSING_CREDENTIALS)
+    return principal
+
+
+def principal_of(credential: Credential) -> Principal:
+    """What an accepted key may do: what its owner holds now, or for a key without one what its creator held when its
+    scopes were set, within its scopes."""
+    key, holder = credential.key, credential.holder
+    held, platform = key.granted & roles.TENANT_PERMISSIONS, False
+    if holder is not None:
+        held = roles.held_through(holder.role_ids, holder.custom_permissions, key.organization_id)
+        platform = roles.PLATFORM_ADMIN in holder.role_ids and key.organization_id == roles.PLATFORM_ORGANIZATION_ID
+    return Principal(
+        kind="api_key",
+        id=key.api_key_id,
+        organization_id=key.organization_id,
+        api_key_id=key.api_key_id,
+        user_id=key.user_id,
+        service_account_id=key.service_account_id,
+        permissions=held & roles.expand_all(key.scopes),
+        allowed_models=_both(credential.organization_models, key.allowed_models),
+        platform=platform,
+        expire_time=key.expire_time,
+        organization_limits=credential.organization_limits,
+        principal_limits=key.rate_limits,
+        allowed_networks=key.allowed_networks,
+    )
+
+
+def _what_is_wrong(credential: Credential, parsed: api_key.ParsedKey, now: datetime) -> str:
+    key, holder = credential.key, credential.holder
+    if not api_key.matches(parsed, credential.digest):
+        return "secret"
+    if key.revoke_time is not None:
+        return "revoked"
+    if key.expire_time is not None and key.expire_time <= now:
+        return "expired"
+    if credential.organization_state is not OrganizationState.ACTIVE:
+        return "organization"
+    if (key.service_account_id or key.user_id) and (holder is None or not holder.acting):
+        return "owner"
+    return ""
+
+
+def _both(one: tuple[str, ...], other: tuple[str, ...]) -> tuple[str, ...]:
+    """The models that both lists allow, where an empty list allows all."""
+    if not one or not other:
+        return one or other
+    return tuple(model for model in other if model in one) or NO_MODEL

@@ -1,0 +1,111 @@
+"""What the process is made of, read from top to bottom; nothing else knows every class of identity."""
+
+import asyncio
+from typing import Any
+
+from google.protobuf.descriptor import ServiceDescriptor
+
+from aiaas.identity.v1 import (
+    api_key_service_pb2,
+    api_key_service_pb2_grpc,
+    auth_service_pb2,
+    auth_service_pb2_grpc,
+    organization_service_pb2,
+    organization_service_pb2_grpc,
+    role_service_pb2,
+    role_service_pb2_grpc,
+    service_account_service_pb2,
+    service_account_service_pb2_grpc,
+    user_service_pb2,
+    user_service_pb2_grpc,
+)
+from identity.api_key_service import ApiKeyService
+from identity.api_keys import ApiKeys
+from identity.auth_service import AuthService
+from identity.config import IdentityConfig
+from identity.custom_roles import Roles
+from identity.last_uses import LastUses
+from identity.organization_service import OrganizationService
+from identity.organizations import Organizations
+from identity.principals import Principals
+from identity.revocations import announcer
+from identity.role_service import RoleService
+from identity.service_account_service import ServiceAccountService
+from identity.service_accounts import ServiceAccounts
+from identity.stores import Store
+from identity.user_service import UserService
+from identity.users import Users
+from mesh.clock import Clock, SystemClock
+from mesh.database import Database
+from mesh.interceptors import chain
+from mesh.ops import OpsServer
+from mesh.server import AddServicer, GrpcServer
+
+
+def _services(store: Store, principals: Principals, clock: Clock) -> list[tuple[ServiceDescriptor, AddServicer, Any]]:
+    api_keys = ApiKeyService(ApiKeys(store, clock), clock)  # type: ignore[abstract]  # RotateApiKey comes later
+    return [
+        (
+            organization_service_pb2.DESCRIPTOR.services_by_name["OrganizationService"],
+            organization_service_pb2_grpc.add_OrganizationServiceServicer_to_server,
+            OrganizationService(Organizations(store, clock)),  # type: ignore[abstract]  # DeleteOrganization comes later
+        ),
+        (
+            user_service_pb2.DESCRIPTOR.services_by_name["UserService"],
+            user_service_pb2_grpc.add_UserServiceServicer_to_server,
+            UserService(Users(store, clock)),
+        ),
+        (
+            service_account_service_pb2.DESCRIPTOR.services_by_name["ServiceAccountService"],
+            service_account_service_pb2_grpc.add_ServiceAccountServiceServicer_to_server,
+            ServiceAccountService(ServiceAccounts(store, clock)),
+        ),
+        (
+            api_key_service_pb2.DESCRIPTOR.services_by_name["ApiKeyService"],
+            api_key_service_pb2_grpc.add_ApiKeyServiceServicer_to_server,
+            api_keys,
+        ),
+        (
+            role_service_pb2.DESCRIPTOR.services_by_name["RoleService"],
+            role_service_pb2_grpc.add_RoleServiceServicer_to_server,
+            RoleService(Roles(store, clock)),
+        ),
+        (
+            auth_service_pb2.DESCRIPTOR.services_by_name["AuthService"],
+            auth_service_pb2_grpc.add_AuthServiceServicer_to_server,
+            AuthService(principals),  # type: ignore[abstract]  # WatchRevocations comes later
+        ),
+    ]
+
+
+async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
+    """Serve until `stop` is set, then drain. Raises mesh.server.AddressInUseError, OSError for a taken ops port."""
+    clock = SystemClock()
+    database = Database(config.database_url)
+    try:
+        async with announcer(config.redis_url, clock) as revocations, asyncio.TaskGroup() as tasks:
+            store = Store(database, revocations.announce)
+            last_uses = LastUses(store)
+            # Its own principals are asked of the domain at each call: nothing here may be older than the database.
+            principals = Principals(store, clock, last_uses)
+            grpc_server = GrpcServer(
+                config.grpc_address,
+                _services(store, principals, clock),
+                chain(principals, traced=bool(config.otlp_endpoint)),
+                reflect=config.reflection,
+                drain_s=config.drain_s,
+            )
+            host, _, port = config.ops_address.rpartition(":")
+            ops_server = OpsServer(int(port), {"database": database.check}, host=host)
+            ended = asyncio.Event()
+            await grpc_server.start()
+            try:
+                await ops_server.start()
+                tasks.create_task(last_uses.run(ended))
+                await stop.wait()
+            finally:
+                await grpc_server.stop()
+                await ops_server.stop()
+                ended.set()
+    finally:
+        await database.close()

@@ -1,0 +1,67 @@
+"""All of identity's SQL: one module a table, one transaction for all of them; it never decides what is allowed.
+
+Every query names the organization, but for the two that find out which one it is: a user by its address, and an API
+key by its id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+from identity.principals import Credential
+from identity.revocations import Revocation, Subject
+from identity.stores.api_keys import ApiKeyRows
+from identity.stores.creations import CreationRows
+from identity.stores.credentials import HolderRows, find_credential
+from identity.stores.organizations import OrganizationRows
+from identity.stores.roles import RoleRows
+from identity.stores.rows import Connection
+from identity.stores.service_accounts import ServiceAccountRows
+from identity.stores.users import UserRows
+from mesh.database import Database
+
+
+class Transaction:
+    """The tables as one transaction sees them. All of it happens, or none."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self.organizations = OrganizationRows(connection)
+        self.users = UserRows(connection)
+        self.service_accounts = ServiceAccountRows(connection)
+        self.api_keys = ApiKeyRows(connection)
+        self.roles = RoleRows(connection)
+        self.holders = HolderRows(connection)
+        self.creations = CreationRows(connection)
+        self.revocations: list[Revocation] = []
+
+    async def revoke(self, subject: Subject, subject_id: str) -> None:
+        """Have it announced, once this transaction is committed, that caches must forget the subject."""
+        revision = await self._connection.fetchval("SELECT nextval('revocations')")
+        self.revocations.append(Revocation(revision, subject, subject_id))
+
+    async def lock_bootstrap(self) -> None:
+        """Wait for any other bootstrap to end; the lock goes with the transaction."""
+        await self._connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('aiaas.identity.bootstrap', 0))")
+
+
+class Store:
+    """Identity's database. Every method raises PlatformError(UNAVAILABLE) while PostgreSQL is away."""
+
+    def __init__(self, database: Database, announce: Callable[[Revocation], Awaitable[None]]) -> None:
+        self._database = database
+        self._announce = announce
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Transaction]:
+        """A transaction, committed at the end of the block; only then are its revocations announced."""
+        async with self._database.transaction() as connection:
+            stored = Transaction(connection)
+            yield stored
+        for revocation in stored.revocations:
+            await self._announce(revocation)
+
+    async def credential(self, api_key_id: str) -> Credential | None:
+        """All that decides on an API key, in one query."""
+        return await find_credential(self._database, api_key_id)

@@ -1,0 +1,72 @@
+"""What decides on a credential, over several tables in one query; it never decides itself."""
+
+# ruff: noqa: S608 - only text of this file goes into a statement; every value is a parameter
+
+from __future__ import annotations
+
+from identity.organizations import OrganizationState
+from identity.principals import Credential, Holder
+from identity.stores.api_keys import key_of
+from identity.stores.rows import Connection, Row, limits_from_json
+from mesh.database import Database
+
+# Who holds what: service accounts that are there, and members; with what their custom roles grant together.
+_HOLDERS = """
+    SELECT service_account_id, NULL AS user_id, role_ids, NOT disabled AS acting
+    FROM service_accounts WHERE organization_id = {organization} AND service_account_id = {service_account}
+        AND delete_time IS NULL
+    UNION ALL
+    SELECT NULL, m.user_id, m.role_ids, u.state = 'active'
+    FROM memberships m JOIN users u USING (user_id) WHERE m.organization_id = {organization} AND m.user_id = {user}
+"""
+_CUSTOM = """
+    SELECT array_agg(DISTINCT permission) AS custom_permissions FROM roles r, unnest(r.permissions) AS permission
+    WHERE r.organization_id = {organization} AND r.role_id = ANY (h.role_ids)
+"""
+_FIND_HOLDER = (
+    f"SELECT h.role_ids, h.acting, c.custom_permissions FROM ({_HOLDERS}) h CROSS JOIN LATERAL ({_CUSTOM}) c"
+).format(organization="$1", service_account="$2", user="$3")
+_OF_KEY = {"organization": "k.organization_id", "service_account": "k.service_account_id", "user": "k.user_id"}
+_FIND_CREDENTIAL = (
+    "SELECT k.*, o.state, o.rate_limits AS organization_limits, o.allowed_models AS organization_models,"
+    " h.role_ids, h.acting, c.custom_permissions"
+    " FROM api_keys k JOIN organizations o USING (organization_id)"
+    f" LEFT JOIN LATERAL ({_HOLDERS}) h ON true LEFT JOIN LATERAL ({_CUSTOM}) c ON true WHERE k.api_key_id = $1"
+).format(**_OF_KEY)
+
+
+class HolderRows:
+    """Service accounts and members as holders of roles, within a transaction."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def find(self, organization_id: str, service_account_id: str, user_id: str) -> Holder | None:
+        """The service account or the member, whichever id is not empty."""
+        row = await self._connection.fetchrow(
+            _FIND_HOLDER, organization_id, service_account_id or None, user_id or None
+        )
+        return None if row is None else _holder_of(row)
+
+
+async def find_credential(database: Database, api_key_id: str) -> Credential | None:
+    """All that decides on a key, with its digest. It is what finds out the organization, so it cannot name one."""
+    row = await database.fetchrow(_FIND_CREDENTIAL, api_key_id)
+    if row is None:
+        return None
+    return Credential(
+        key=key_of(row),
+        digest=row["digest"],
+        organization_state=OrganizationState(row["state"]),
+        organization_limits=limits_from_json(row["organization_limits"]),
+        organization_models=tuple(row["organization_models"]),
+        holder=None if row["role_ids"] is None else _holder_of(row),
+    )
+
+
+def _holder_of(row: Row) -> Holder:
+    return Holder(
+        role_ids=tuple(row["role_ids"]),
+        custom_permissions=frozenset(row["custom_permissions"] or ()),
+        acting=row["acting"],
+    )

@@ -1,0 +1,87 @@
+"""The table of organizations; it never decides who sees one."""
+
+# ruff: noqa: S608 - only text of this file goes into a statement; every value is a parameter
+
+from __future__ import annotations
+
+from identity.organizations import Organization, OrganizationState
+from identity.pages import Cursor
+from identity.stores.rows import Connection, Query, Row, found, limits_from_json, limits_to_json
+
+_COLUMNS = "organization_id, display_name, state, rate_limits, allowed_models, create_time, update_time, revision"
+
+
+class OrganizationRows:
+    """Organizations, within a transaction."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def add(self, organization: Organization) -> bool:
+        """Store a new organization; False if its id is taken."""
+        row = await self._connection.fetchrow(
+            "INSERT INTO organizations"
+            " (organization_id, display_name, state, rate_limits, allowed_models, create_time, update_time)"
+            " VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT DO NOTHING RETURNING organization_id",
+            organization.organization_id,
+            organization.display_name,
+            organization.state.value,
+            limits_to_json(organization.rate_limits),
+            organization.allowed_models,
+            organization.create_time,
+            organization.update_time,
+        )
+        return row is not None
+
+    async def get(self, organization_id: str, *, lock: bool = False) -> Organization | None:
+        """One organization, locked against other changes if asked."""
+        row = await self._connection.fetchrow(
+            f"SELECT {_COLUMNS} FROM organizations WHERE organization_id = $1{' FOR NO KEY UPDATE' if lock else ''}",
+            organization_id,
+        )
+        return None if row is None else organization_of(row)
+
+    async def page(
+        self, after: Cursor | None, limit: int, state: OrganizationState | None, only: str | None
+    ) -> list[Organization]:
+        """Organizations oldest first, in one state, only one of them where given."""
+        query = Query()
+        if after is not None:
+            query.where("(create_time, organization_id) > ({}, {})", after.create_time, after.id)
+        if state is not None:
+            query.where("state = {}", state.value)
+        if only is not None:
+            query.where("organization_id = {}", only)
+        rows = await self._connection.fetch(
+            f"SELECT {_COLUMNS} FROM organizations WHERE {query} ORDER BY create_time, organization_id LIMIT {limit:d}",
+            *query.values,
+        )
+        return [organization_of(row) for row in rows]
+
+    async def change(self, organization: Organization) -> Organization:
+        """Store what changed of an organization that is there; gives it with its new revision."""
+        row = await self._connection.fetchrow(
+            "UPDATE organizations SET display_name = $2, state = $3, rate_limits = $4, allowed_models = $5,"
+            f" update_time = $6, revision = revision + 1 WHERE organization_id = $1 RETURNING {_COLUMNS}",
+            organization.organization_id,
+            organization.display_name,
+            organization.state.value,
+            limits_to_json(organization.rate_limits),
+            organization.allowed_models,
+            organization.update_time,
+        )
+        return organization_of(found(row))
+
+
+def organization_of(row: Row) -> Organization:
+    """The organization of a row."""
+    return Organization(
+        organization_id=row["organization_id"],
+        display_name=row["display_name"],
+        state=OrganizationState(row["state"]),
+        rate_limits=limits_from_json(row["rate_limits"]),
+        allowed_models=tuple(row["allowed_models"]),
+        create_time=row["create_time"],
+        update_time=row["update_time"],
+        revision=row["revision"],
+    )

@@ -1,0 +1,56 @@
+"""What the router is told by its environment, read once at start; it never says how any of it is used."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import msgspec
+
+from mesh.config import setting
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """The router's configuration. A wrong variable is named by `python -m router check-config`.
+
+    Besides these, the variables AIAAS_ENGINE_* hold the keys of engines that want one; a backend names its variable.
+    """
+
+    database_url: str = setting(
+        "AIAAS_ROUTER_DATABASE_URL", "postgresql://... of the router's own database", secret=True
+    )
+    redis_url: str = setting("AIAAS_ROUTER_REDIS_URL", "redis://... that revocations are announced on", secret=True)
+    amqp_url: str = setting("AIAAS_ROUTER_AMQP_URL", "amqp://... that usage events are published to", secret=True)
+    identity_target: str = setting("AIAAS_ROUTER_IDENTITY_TARGET", "gRPC target of identity, which judges credentials")
+    state_dir: str = setting(
+        "AIAAS_ROUTER_STATE_DIR", "folder of what the router itself must not lose", default="state"
+    )
+    grpc_address: str = setting(
+        "AIAAS_ROUTER_GRPC_ADDRESS", "host:port or unix:path that gRPC listens on", default="127.0.0.1:27003"
+    )
+    ops_address: Annotated[str, msgspec.Meta(pattern=r"^[^:]+:\d{1,5}$")] = setting(
+        "AIAAS_ROUTER_OPS_ADDRESS", "host:port of /health, /ready and /metrics", default="127.0.0.1:27013"
+    )
+    first_byte_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = setting(
+        "AIAAS_ROUTER_FIRST_BYTE_TIMEOUT_S",
+        "seconds an engine may take to its first byte before another one is tried",
+        default=60.0,
+    )
+    idle_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = setting(
+        "AIAAS_ROUTER_IDLE_TIMEOUT_S", "seconds of silence in an answer after which it is broken off", default=60.0
+    )
+    connect_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = setting(
+        "AIAAS_ROUTER_CONNECT_TIMEOUT_S", "seconds an engine may take to accept a connection", default=2.0
+    )
+    drain_s: Annotated[float, msgspec.Meta(ge=0)] = setting(
+        "AIAAS_ROUTER_DRAIN_S", "seconds that running requests may go on after a signal to stop", default=30.0
+    )
+    reflection: bool = setting("AIAAS_ROUTER_REFLECTION", "whether gRPC reflection is served", default=True)
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = setting(
+        "AIAAS_LOG_LEVEL", "least severe log records that are written", default="INFO"
+    )
+    otlp_endpoint: str | None = setting(
+        "AIAAS_OTLP_ENDPOINT", "http://host:port of an OTLP collector; without it no traces are made", default=None
+    )
+    trace_ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] = setting(
+        "AIAAS_TRACE_RATIO", "share of requests that are traced, 0 to 1", default=0.01
+    )

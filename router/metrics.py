@@ -1,0 +1,44 @@
+"""Names what the router measures; it never decides anything by it. Children are bound once and kept."""
+
+from functools import cache
+
+from prometheus_client import Counter, Gauge, Histogram
+
+REQUESTS = Counter(
+    "aiaas_router_requests", "Inference requests that ended, by outcome.", ["endpoint", "model", "outcome"]
+)
+TIME_TO_FIRST_TOKEN = Histogram(
+    "aiaas_router_time_to_first_token_seconds",
+    "Seconds from admission to the first byte of the answer.",
+    ["endpoint", "model"],
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2.5, 5, 10, 30, 60),
+)
+REQUEST_DURATION = Histogram(
+    "aiaas_router_request_duration_seconds",
+    "Seconds from admission to the end of the request.",
+    ["endpoint", "model"],
+    buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300),
+)
+REQUESTS_IN_FLIGHT = Gauge("aiaas_router_requests_in_flight", "Requests that a backend is working on.", ["backend"])
+BACKEND_HEALTHY = Gauge("aiaas_router_backend_healthy", "1 where the last probes of a backend succeeded.", ["backend"])
+USAGE_QUEUE = Gauge("aiaas_router_usage_queue_events", "Usage events that wait to be published.")
+USAGE_DROPPED = Counter("aiaas_router_usage_dropped_events", "Usage events that were lost since the queue was full.")
+USAGE_PUBLISH_FAILURES = Counter("aiaas_router_usage_publish_failures", "Tries to publish a usage event that failed.")
+
+
+@cache
+def requests(endpoint: str, model: str, outcome: str) -> Counter:
+    """The counter of one endpoint, registered model and outcome."""
+    return REQUESTS.labels(endpoint, model, outcome)
+
+
+@cache
+def time_to_first_token(endpoint: str, model: str) -> Histogram:
+    """The histogram of one endpoint and registered model."""
+    return TIME_TO_FIRST_TOKEN.labels(endpoint, model)
+
+
+@cache
+def request_duration(endpoint: str, model: str) -> Histogram:
+    """The histogram of one endpoint and registered model."""
+    return REQUEST_DURATION.labels(endpoint, model)

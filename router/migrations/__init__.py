@@ -1,0 +1,1 @@
+"""The router's schema, as plain SQL; it holds no code."""

@@ -1,0 +1,335 @@
+"""Reads a client's JSON body once: known fields only, the deciding ones typed; it never judges what an engine judges.
+
+Each endpoint has a struct that is its allowlist: what vLLM and OpenAI document and what is safe to hand on. Fields that
+OpenAI's clients send and engines do not know are accepted and dropped. Fields that only mean something to a single
+engine process (stored responses, for example) are refused, since the next request may be answered by another one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import msgspec
+from msgspec import UNSET, Meta, Raw, UnsetType
+
+from aiaas.type.v1.usage_event_pb2 import Endpoint
+from mesh.errors import PlatformError, Reason
+
+DEPTH = 64
+"""Levels of nesting that a body may have."""
+
+_Choices = Annotated[int, Meta(ge=1, le=16)]
+_Logprobs = Annotated[int, Meta(ge=0, le=20)]
+_Tokens = Annotated[int, Meta(ge=0)]
+_Stop = str | Annotated[list[str], Meta(max_length=16)]
+_Json = dict[str, Any]
+
+
+class _StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class _ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
+    role: str
+    content: str | list[_Json] | UnsetType | None = UNSET
+    name: str | UnsetType | None = UNSET
+    tool_calls: list[_Json] | UnsetType | None = UNSET
+    tool_call_id: str | UnsetType | None = UNSET
+    function_call: _Json | UnsetType | None = UNSET
+    refusal: str | UnsetType | None = UNSET
+    reasoning: str | UnsetType | None = UNSET
+    reasoning_content: str | UnsetType | None = UNSET
+    audio: _Json | UnsetType | None = UNSET
+    annotations: list[_Json] | UnsetType | None = UNSET
+
+
+class _Request(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What every endpoint knows. The fields of `dropped` are OpenAI's, and mean nothing to an engine."""
+
+    dropped: ClassVar[frozenset[str]] = frozenset(
+        {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
+    )
+
+    model: str
+    user: str | None = None
+    store: bool | None = None
+    metadata: dict[str, Any] | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+
+
+class _Sampling(_Request, kw_only=True):
+    """What chat completions and completions share."""
+
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    n: _Choices | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    stop: _Stop | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    seed: int | None = None
+    max_tokens: _Tokens | None = None
+    min_tokens: _Tokens | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
+    prompt_logprobs: _Logprobs | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    add_special_tokens: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    return_token_ids: bool | None = None
+    response_format: _Json | None = None
+    structured_outputs: _Json | None = None
+    guided_json: str | _Json | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+
+
+class _ChatRequest(_Sampling, kw_only=True):
+    dropped: ClassVar[frozenset[str]] = _Request.dropped | {"verbosity"}
+
+    messages: Annotated[list[_ChatMessage], Meta(min_length=1)]
+    max_completion_tokens: _Tokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: _Logprobs | None = None
+    tools: list[_Json] | None = None
+    tool_choice: str | _Json | None = None
+    parallel_tool_calls: bool | None = None
+    functions: list[_Json] | None = None
+    function_call: str | _Json | None = None
+    reasoning_effort: str | None = None
+    include_reasoning: bool | None = None
+    chat_template_kwargs: _Json | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    echo: bool | None = None
+    verbosity: str | None = None
+
+
+class _CompletionRequest(_Sampling, kw_only=True):
+    prompt: str | list[Raw]
+    suffix: str | None = None
+    echo: bool | None = None
+    best_of: _Choices | None = None
+    logprobs: _Logprobs | None = None
+
+
+class _EmbeddingRequest(_Request, kw_only=True):
+    input: str | list[Raw]
+    encoding_format: str | None = None
+    dimensions: Annotated[int, Meta(ge=1)] | None = None
+    truncate_prompt_tokens: int | None = None
+    add_special_tokens: bool | None = None
+
+
+class _ResponseRequest(_Request, kw_only=True):
+    dropped: ClassVar[frozenset[str]] = (_Request.dropped - {"store"}) | {"stream_options"}
+
+    input: str | list[_Json]
+    instructions: str | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    top_logprobs: _Logprobs | None = None
+    max_output_tokens: _Tokens | None = None
+    max_tool_calls: int | None = None
+    tools: list[_Json] | None = None
+    tool_choice: str | _Json | None = None
+    parallel_tool_calls: bool | None = None
+    text: _Json | None = None
+    reasoning: _Json | None = None
+    truncation: str | None = None
+    include: list[str] | None = None
+    background: bool | None = None
+    previous_response_id: str | None = None
+    conversation: str | _Json | None = None
+    prompt: _Json | None = None
+
+
+_PATHS: Mapping[int, str] = {
+    Endpoint.ENDPOINT_CHAT_COMPLETIONS: "/v1/chat/completions",
+    Endpoint.ENDPOINT_COMPLETIONS: "/v1/completions",
+    Endpoint.ENDPOINT_EMBEDDINGS: "/v1/embeddings",
+    Endpoint.ENDPOINT_RESPONSES: "/v1/responses",
+}
+_DECODERS: dict[int, msgspec.json.Decoder[Any]] = {
+    Endpoint.ENDPOINT_CHAT_COMPLETIONS: msgspec.json.Decoder(_ChatRequest),
+    Endpoint.ENDPOINT_COMPLETIONS: msgspec.json.Decoder(_CompletionRequest),
+    Endpoint.ENDPOINT_EMBEDDINGS: msgspec.json.Decoder(_EmbeddingRequest),
+    Endpoint.ENDPOINT_RESPONSES: msgspec.json.Decoder(_ResponseRequest),
+}
+_ENCODER = msgspec.json.Encoder()
+
+# Fields of a stateful API: what they refer to lies in one engine process, if at all, and belongs to no organization.
+_STATEFUL = ("background", "previous_response_id", "conversation", "prompt")
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedRequest:
+    """A body that was read: what the router decides on, and the fields that go on to an engine."""
+
+    endpoint: int
+    model: str
+    stream: bool
+    wants_usage: bool
+    fields: dict[str, Any]
+
+    @property
+    def path(self) -> str:
+        """The engine's path."""
+        return _PATHS[self.endpoint]
+
+    def upstream_body(self, upstream_model: str) -> bytes:
+        """The JSON body for an engine that knows the model as `upstream_model`."""
+        return _ENCODER.encode({**self.fields, "model": upstream_model})
+
+
+def parse(endpoint: int, body: bytes) -> ParsedRequest:
+    """Read the body of a request to `endpoint`.
+
+    Raises PlatformError: UNIMPLEMENTED for an endpoint that is not served, INVALID_JSON, UNKNOWN_FIELD and
+    INVALID_ARGUMENT, the latter two naming the field as OpenAI does, for example "messages.0.role".
+    """
+    decoder = _DECODERS.get(endpoint)
+    if decoder is None:
+        raise PlatformError(Reason.UNIMPLEMENTED)
+    try:
+        request: _Request = decoder.decode(body)
+    except msgspec.ValidationError as error:
+        _check_depth(body)
+        raise _invalid_field(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise PlatformError(Reason.INVALID_JSON) from None
+    except RecursionError:
+        raise _too_deep() from None
+    _check_depth(body)
+    fields = {
+        name: value
+        for name in request.__struct_fields__
+        if (value := getattr(request, name)) is not None and name not in request.dropped
+    }
+    stream = fields.get("stream") is True
+    wants_usage = True
+    if isinstance(request, _Sampling):
+        wants_usage = _ask_for_usage(request, fields, stream)
+    if isinstance(request, _ChatRequest):
+        for index, message in enumerate(request.messages):
+            _refuse_remote_media(message.content, f"messages.{index}.content")
+    if isinstance(request, _ResponseRequest):
+        for name in _STATEFUL:
+            if fields.pop(name, None):
+                raise _invalid(name, f"'{name}' is not supported: responses are not stored.")
+        # An engine may store by default what any caller could then read.
+        fields["store"] = False
+        _refuse_remote_media(request.input, "input")
+    return ParsedRequest(endpoint, request.model, stream, wants_usage, fields)
+
+
+def _ask_for_usage(request: _Sampling, fields: dict[str, Any], stream: bool) -> bool:
+    """Have the engine tell usage at the end of a stream; returns whether the client asked for that as well."""
+    options = request.stream_options
+    if not stream:
+        if options is not None:
+            raise _invalid("stream_options", "'stream_options' is only allowed when 'stream' is true.")
+        return True
+    fields["stream_options"] = {"include_usage": True}
+    if options is None or not options.include_usage:
+        return False
+    if options.continuous_usage_stats is not None:
+        fields["stream_options"]["continuous_usage_stats"] = options.continuous_usage_stats
+    return True
+
+
+def _refuse_remote_media(value: Any, place: str) -> None:
+    """Refuse addresses that would make an engine fetch something for a client; media come as data URLs."""
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            _refuse_remote_media(item, f"{place}.{index}")
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            inner = f"{place}.{name}"
+            if not name.endswith("_url"):
+                _refuse_remote_media(item, inner)
+                continue
+            if isinstance(item, dict):
+                inner, item = f"{inner}.url", item.get("url")
+            if item is not None and not (isinstance(item, str) and item.startswith("data:")):
+                raise _invalid(inner, f"'{inner}' must be a data URL.")
+
+
+_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
+_TO_SQUARE = bytes.maketrans(b"{}", b"[]")
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+def _check_depth(body: bytes) -> None:
+    if body.count(b"[") + body.count(b"{") <= DEPTH:
+        return
+    brackets = _STRINGS.sub(b"", body).translate(_TO_SQUARE, _NOT_BRACKETS)
+    for _ in range(DEPTH):
+        # Each pass takes the innermost level off everywhere.
+        brackets = brackets.replace(b"[]", b"")
+        if not brackets:
+            return
+    raise _too_deep()
+
+
+def _too_deep() -> PlatformError:
+    return PlatformError(Reason.INVALID_JSON, description=f"The JSON body is nested more than {DEPTH} levels deep.")
+
+
+_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(.*)`", re.DOTALL)
+_TYPES = re.compile(r"Expected `([^`]*)`, got `([^`]*)`")
+_LIMITS = re.compile(r"Expected `([^`]*)` (of length )?([<>]=) ([0-9.]+)")
+_PLAIN = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
+_BOUNDS = {">=": "at least", "<=": "at most"}
+
+
+def _invalid_field(text: str) -> PlatformError:
+    """msgspec's sentence, "... - at `$.messages[0].role`", as an error that names the field as OpenAI does."""
+    text, _, path = text.partition(" - at `$")
+    # A key of a map has no name in the path: "[...]".
+    place = re.sub(r"\[(\d+)\]", r".\1", path.rstrip("`").replace("[...]", "")).strip(".")
+    if unknown := _UNKNOWN.fullmatch(text):
+        return PlatformError(Reason.UNKNOWN_FIELD, field=_join(place, unknown[1]))
+    if missing := _MISSING.fullmatch(text):
+        field = _join(place, missing[1])
+        return _invalid(field, f"Missing required parameter: '{field}'.")
+    if not place:
+        return PlatformError(Reason.INVALID_ARGUMENT, description="The body must be a JSON object.")
+    if types := _TYPES.fullmatch(text):
+        expected, got = (" or ".join(_PLAIN.get(kind, kind) for kind in types[i].split(" | ")) for i in (1, 2))
+        return _invalid(place, f"Invalid type for '{place}': expected {expected}, but got {got} instead.")
+    if limits := _LIMITS.fullmatch(text):
+        what = "a length of " if limits[2] else ""
+        return _invalid(place, f"Invalid value for '{place}': expected {what}{_BOUNDS[limits[3]]} {limits[4]}.")
+    return _invalid(place, f"Invalid value for '{place}'.")
+
+
+def _join(place: str, name: str) -> str:
+    return f"{place}.{name}" if place else name
+
+
+def _invalid(field: str, description: str) -> PlatformError:
+    return PlatformError(Reason.INVALID_ARGUMENT, field=field, description=description)

@@ -1,0 +1,147 @@
+"""What the router is made of, read top to bottom; nothing else knows every class."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import socket
+from typing import Any
+
+from google.protobuf.descriptor import ServiceDescriptor
+
+from aiaas.identity.v1 import auth_service_pb2, auth_service_pb2_grpc
+from aiaas.router.v1 import (
+    backend_service_pb2,
+    backend_service_pb2_grpc,
+    inference_service_pb2,
+    inference_service_pb2_grpc,
+    model_service_pb2,
+    model_service_pb2_grpc,
+    price_service_pb2,
+    price_service_pb2_grpc,
+)
+from mesh.auth import CachedAuthenticator, RemoteAuthenticator
+from mesh.broker import Broker
+from mesh.cache import Cache
+from mesh.channel import connect
+from mesh.clock import SystemClock
+from mesh.database import Database
+from mesh.errors import PlatformError
+from mesh.interceptors import chain
+from mesh.ops import OpsServer
+from mesh.server import AddServicer, GrpcServer
+from router.backend_service import BackendService
+from router.backends import CREDENTIAL_PREFIX, Registry
+from router.config import RouterConfig
+from router.health import HealthProber
+from router.inference import Engine
+from router.inference_service import InferenceService
+from router.model_service import ModelService
+from router.publisher import QUEUE, UsagePublisher
+from router.revocations import RevocableAuthenticator, RevocationListener
+from router.routing import Routing
+from router.store import Store
+from router.upstream import HttpUpstream, Timeouts
+
+_FLUSH_S = 5.0
+
+
+async def serve(config: RouterConfig, stop: asyncio.Event) -> None:
+    """Serve until `stop` is set, then drain.
+
+    Raises mesh.server.AddressInUseError, OSError for a taken operations port, and the group of what ended a background
+    task, of which none may end before the process does.
+    """
+    clock = SystemClock()
+    random = secrets.SystemRandom()
+    credentials = {name: value for name, value in os.environ.items() if name.startswith(CREDENTIAL_PREFIX)}
+    async with contextlib.AsyncExitStack() as resources:
+        database = Database(config.database_url)
+        resources.push_async_callback(database.close)
+        redis = Cache(config.redis_url, clock)
+        resources.push_async_callback(redis.close)
+        broker = Broker(config.amqp_url, QUEUE)
+        resources.push_async_callback(broker.close)
+        identity = await resources.enter_async_context(
+            connect(config.identity_target, auth_service_pb2.DESCRIPTOR.services_by_name["AuthService"])
+        )
+        upstream = await resources.enter_async_context(HttpUpstream(credentials))
+
+        source = RemoteAuthenticator(auth_service_pb2_grpc.AuthServiceStub(identity))
+        authenticator = RevocableAuthenticator(lambda: CachedAuthenticator(source, clock, random))
+        resources.push_async_callback(authenticator.close)
+
+        store = Store(database)
+        registry = Registry(store)
+        prober = HealthProber(registry, upstream)
+        publisher = UsagePublisher(broker, random)
+        engine = Engine(
+            registry=registry,
+            routing=Routing(random),
+            upstream=upstream,
+            recorder=publisher,
+            clock=clock,
+            timeouts=Timeouts(config.connect_timeout_s, config.first_byte_timeout_s, config.idle_timeout_s),
+            router_id=f"{socket.gethostname()}/{config.grpc_address}",
+        )
+        grpc_server = GrpcServer(
+            config.grpc_address,
+            _services(store, registry, engine),
+            chain(authenticator, traced=config.otlp_endpoint is not None),
+            reflect=config.reflection,
+            drain_s=config.drain_s,
+        )
+        ops_host, _, ops_port = config.ops_address.rpartition(":")
+        ops_server = OpsServer(int(ops_port), {"registry": registry.check_loaded}, host=ops_host)
+
+        # Before the first call comes, so that it finds its model and a backend; without PostgreSQL it comes later.
+        with contextlib.suppress(PlatformError):
+            await registry.refresh()
+            await prober.probe_all()
+        async with asyncio.TaskGroup() as tasks:
+            background = [
+                tasks.create_task(run(), name=name)
+                for name, run in (
+                    ("registry", registry.run),
+                    ("health", prober.run),
+                    ("publisher", publisher.run),
+                    ("revocations", RevocationListener(redis, authenticator).run),
+                )
+            ]
+            await ops_server.start()
+            try:
+                await grpc_server.start()
+                await stop.wait()
+            finally:
+                await grpc_server.stop()
+                await publisher.flush(_FLUSH_S)
+                await ops_server.stop()
+                for task in background:
+                    task.cancel()
+
+
+def _services(store: Store, registry: Registry, engine: Engine) -> list[tuple[ServiceDescriptor, AddServicer, Any]]:
+    return [
+        (
+            inference_service_pb2.DESCRIPTOR.services_by_name["InferenceService"],
+            inference_service_pb2_grpc.add_InferenceServiceServicer_to_server,
+            InferenceService(engine, registry),  # type: ignore[abstract]  # Relay comes later
+        ),
+        (
+            model_service_pb2.DESCRIPTOR.services_by_name["ModelService"],
+            model_service_pb2_grpc.add_ModelServiceServicer_to_server,
+            ModelService(store, registry),
+        ),
+        (
+            backend_service_pb2.DESCRIPTOR.services_by_name["BackendService"],
+            backend_service_pb2_grpc.add_BackendServiceServicer_to_server,
+            BackendService(store, registry),
+        ),
+        (
+            price_service_pb2.DESCRIPTOR.services_by_name["PriceService"],
+            price_service_pb2_grpc.add_PriceServiceServicer_to_server,
+            price_service_pb2_grpc.PriceServiceServicer(),  # type: ignore[abstract]  # prices come later
+        ),
+    ]

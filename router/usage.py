@@ -1,0 +1,163 @@
+"""Reads an engine's token counts and builds the one usage event of a request; it never stores or sends one."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from aiaas.type.v1 import usage_event_pb2
+from aiaas.type.v1.usage_event_pb2 import TokenUsage, UsageEvent
+from mesh.auth import Principal
+
+SCHEMA_VERSION = 1
+"""The meaning of the events built here; consumers refuse a version they do not know."""
+
+# No request of any engine comes near it: a count beyond is garbage, and never billed.
+_Count = Annotated[int, Meta(ge=0, le=1_000_000_000)]
+
+
+class _PromptDetails(msgspec.Struct):
+    cached_tokens: _Count | None = None
+
+
+class _CompletionDetails(msgspec.Struct):
+    reasoning_tokens: _Count | None = None
+
+
+class _ChatUsage(msgspec.Struct):
+    """`usage` of chat completions, completions and embeddings."""
+
+    prompt_tokens: _Count
+    completion_tokens: _Count | None = None
+    prompt_tokens_details: _PromptDetails | None = None
+    completion_tokens_details: _CompletionDetails | None = None
+
+
+class _ResponseUsage(msgspec.Struct):
+    """`usage` of responses."""
+
+    input_tokens: _Count
+    output_tokens: _Count
+    input_tokens_details: _PromptDetails | None = None
+    output_tokens_details: _CompletionDetails | None = None
+
+
+_DECODER = msgspec.json.Decoder(_ChatUsage | None)
+_RESPONSE_DECODER = msgspec.json.Decoder(_ResponseUsage | None)
+
+
+def read_usage(raw: msgspec.Raw | bytes) -> TokenUsage | None:
+    """The counts of an OpenAI `usage` object in JSON; None where it is null or garbage, such as a negative count."""
+    try:
+        usage = _DECODER.decode(raw)
+    except msgspec.DecodeError:
+        return None
+    if usage is None:
+        return None
+    prompt, completion = usage.prompt_tokens_details, usage.completion_tokens_details
+    return TokenUsage(
+        prompt_tokens=usage.prompt_tokens,
+        cached_prompt_tokens=(prompt and prompt.cached_tokens) or 0,
+        completion_tokens=usage.completion_tokens or 0,
+        reasoning_tokens=(completion and completion.reasoning_tokens) or 0,
+    )
+
+
+def read_response_usage(raw: msgspec.Raw | bytes) -> TokenUsage | None:
+    """The counts of the Responses API's `usage` object in JSON; None where it is null or garbage."""
+    try:
+        usage = _RESPONSE_DECODER.decode(raw)
+    except msgspec.DecodeError:
+        return None
+    if usage is None:
+        return None
+    prompt, completion = usage.input_tokens_details, usage.output_tokens_details
+    return TokenUsage(
+        prompt_tokens=usage.input_tokens,
+        cached_prompt_tokens=(prompt and prompt.cached_tokens) or 0,
+        completion_tokens=usage.output_tokens,
+        reasoning_tokens=(completion and completion.reasoning_tokens) or 0,
+    )
+
+
+@dataclass(slots=True)
+class AttemptRecord:
+    """One attempt at a backend, while and after it runs. Times are monotonic seconds, but for `start_time`."""
+
+    backend_id: str
+    start_time: datetime
+    started: float
+    ended: float | None = None
+    failure_reason: str = ""
+
+
+@dataclass(slots=True)
+class UsageRecord:
+    """What a request gathers until it ends. `admitted`, `first_byte` and `ended` are monotonic seconds."""
+
+    request_id: str
+    endpoint: usage_event_pb2.Endpoint.ValueType
+    principal: Principal
+    admit_time: datetime
+    admitted: float
+    idempotency_key: str = ""
+    model: str = ""
+    backend_id: str = ""
+    streamed: bool = False
+    first_byte: float | None = None
+    attempts: list[AttemptRecord] = field(default_factory=list)
+    usage: TokenUsage = field(default_factory=TokenUsage)
+    usage_source: usage_event_pb2.UsageSource.ValueType = usage_event_pb2.USAGE_SOURCE_UNSPECIFIED
+    finish_reason: str = ""
+
+
+def build_event(
+    record: UsageRecord,
+    outcome: usage_event_pb2.Outcome.ValueType,
+    reason: str,
+    ended: float,
+    router_id: str,
+) -> UsageEvent:
+    """The terminal event of a request that ended at `ended`, monotonic seconds; costs come with prices."""
+    principal = record.principal
+    event = UsageEvent(
+        schema_version=SCHEMA_VERSION,
+        request_id=record.request_id,
+        organization_id=principal.organization_id,
+        api_key_id=principal.api_key_id,
+        user_id=principal.user_id,
+        service_account_id=principal.service_account_id,
+        endpoint=record.endpoint,
+        model=record.model,
+        backend_id=record.backend_id,
+        outcome=outcome,
+        reason=reason,
+        usage=record.usage,
+        usage_source=record.usage_source,
+        duration_micros=_micros(ended - record.admitted),
+        ttft_micros=0 if record.first_byte is None else max(1, _micros(record.first_byte - record.admitted)),
+        streamed=record.streamed,
+        router_id=router_id,
+        finish_reason=record.finish_reason,
+    )
+    if record.idempotency_key:
+        event.idempotency_digest = hashlib.sha256(record.idempotency_key.encode()).hexdigest()
+    event.admit_time.FromDatetime(record.admit_time)
+    event.end_time.FromDatetime(record.admit_time + timedelta(seconds=ended - record.admitted))
+    for attempt in record.attempts:
+        entry = event.attempts.add(
+            backend_id=attempt.backend_id,
+            duration_micros=_micros((ended if attempt.ended is None else attempt.ended) - attempt.started),
+            failure_reason=attempt.failure_reason,
+        )
+        entry.start_time.FromDatetime(attempt.start_time)
+    return event
+
+
+def _micros(seconds: float) -> int:
+    return round(seconds * 1_000_000)

@@ -1,0 +1,23 @@
+"""identity on a real PostgreSQL, one new database for each test."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from mesh.migrate import migrate
+from tests.integration.identity.harness import Identity, running_identity
+
+
+@pytest.fixture
+async def database_url(postgres_url: str) -> str:
+    """A database of identity, migrated and empty."""
+    await migrate(postgres_url, "identity.migrations")
+    return postgres_url
+
+
+@pytest.fixture
+async def identity(database_url: str, tmp_path: Path) -> AsyncIterator[Identity]:
+    """A running identity."""
+    async with running_identity(database_url, tmp_path) as running:
+        yield running

@@ -1,0 +1,204 @@
+"""A real router: its gRPC on a unix socket, its registry in PostgreSQL, an identity that answers as a test says."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from aiaas.identity.v1.auth_service_pb2 import AuthenticateResponse
+from aiaas.router.v1 import backend_service_pb2, inference_service_pb2, model_service_pb2
+from aiaas.router.v1.backend_service_pb2_grpc import BackendServiceStub
+from aiaas.router.v1.inference_service_pb2_grpc import InferenceServiceStub
+from aiaas.router.v1.model_service_pb2_grpc import ModelServiceStub
+from aiaas.type.v1.usage_event_pb2 import (
+    ENDPOINT_CHAT_COMPLETIONS,
+    ENDPOINT_COMPLETIONS,
+    ENDPOINT_EMBEDDINGS,
+    ENDPOINT_RESPONSES,
+    Endpoint,
+)
+from mesh.api_key import generate
+from mesh.auth import Principal
+from mesh.errors import PlatformError, from_rpc_error
+from mesh.migrate import migrate
+from router.config import RouterConfig
+from router.server import serve
+from tests.doubles.peer import PeerDouble
+
+PERMISSIONS = frozenset(
+    f"{resource}.{verb}"
+    for resource in ("models", "backends")
+    for verb in ("create", "get", "list", "update", "delete")
+) | {"inference.create", "inference.list_models"}
+PRINCIPAL = Principal(
+    "api_key", "key_1", "org_1", api_key_id="key_1", user_id="user_1", permissions=PERMISSIONS, platform=True
+)
+ALL_ENDPOINTS = (ENDPOINT_CHAT_COMPLETIONS, ENDPOINT_COMPLETIONS, ENDPOINT_EMBEDDINGS, ENDPOINT_RESPONSES)
+
+
+async def until(condition: Callable[[], Any], within_s: float = 5.0) -> None:
+    """Returns as soon as `condition`, which may be a coroutine function, holds."""
+    async with asyncio.timeout(within_s):
+        while True:
+            held = condition()
+            if await held if asyncio.iscoroutine(held) else held:
+                return
+            await asyncio.sleep(0.01)
+
+
+@dataclass
+class Answer:
+    """What came of an inference: its parts, and the error that ended it, if one did."""
+
+    head: inference_service_pb2.InferHead | None = None
+    data: bytes = b""
+    tail: inference_service_pb2.InferTail | None = None
+    error: PlatformError | None = None
+
+
+@dataclass
+class Router:
+    """A running router and a client of it."""
+
+    config: RouterConfig
+    identity: PeerDouble
+    credential: str = field(default_factory=lambda: generate().text)
+
+    def __post_init__(self) -> None:
+        self.channel = grpc.aio.insecure_channel(self.config.grpc_address)
+        self.inference = InferenceServiceStub(self.channel)
+        self.models = ModelServiceStub(self.channel)
+        self.backends = BackendServiceStub(self.channel)
+
+    @property
+    def metadata(self) -> list[tuple[str, str]]:
+        return [("authorization", f"Bearer {self.credential}"), ("x-request-id", "req_test")]
+
+    async def call(self, method: Any, request: Any) -> Any:
+        """The answer. Raises the PlatformError that the router raised."""
+        try:
+            return await method(request, metadata=self.metadata, timeout=10, wait_for_ready=True)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+
+    def infer(
+        self, body: Any, endpoint: Endpoint.ValueType = ENDPOINT_CHAT_COMPLETIONS, *, timeout_s: float = 30
+    ) -> Any:
+        """A call of Infer, to be iterated or cancelled."""
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        request = inference_service_pb2.InferRequest(endpoint=endpoint, body=content, client_address="127.0.0.1")
+        return self.inference.Infer(request, metadata=self.metadata, timeout=timeout_s)
+
+    async def answer(self, body: Any, endpoint: Endpoint.ValueType = ENDPOINT_CHAT_COMPLETIONS, **more: Any) -> Answer:
+        """Everything that comes of an inference."""
+        answer = Answer()
+        try:
+            async for part in self.infer(body, endpoint, **more):
+                match part.WhichOneof("part"):
+                    case "head":
+                        answer.head = part.head
+                    case "data":
+                        answer.data += part.data
+                    case "tail":
+                        answer.tail = part.tail
+        except grpc.aio.AioRpcError as error:
+            answer.error = from_rpc_error(error)
+        return answer
+
+    async def add_model(self, model_id: str, **values: Any) -> model_service_pb2.Model:
+        model = model_service_pb2.Model(model_id=model_id, endpoints=ALL_ENDPOINTS, **values)
+        response = await self.call(self.models.CreateModel, model_service_pb2.CreateModelRequest(model=model))
+        created: model_service_pb2.Model = response.model
+        return created
+
+    async def add_backend(self, backend_id: str, base_url: str, *models: str, **values: Any) -> None:
+        """Register a backend and wait until it is healthy."""
+        backend = backend_service_pb2.Backend(
+            backend_id=backend_id,
+            base_url=base_url,
+            models=[backend_service_pb2.BackendModel(model_id=model) for model in models],
+            **{"engine": backend_service_pb2.ENGINE_KIND_VLLM, **values},
+        )
+        await self.call(self.backends.CreateBackend, backend_service_pb2.CreateBackendRequest(backend=backend))
+        await until(lambda: self.has_health(backend_id, backend_service_pb2.BACKEND_HEALTH_HEALTHY))
+
+    async def get_backend(self, backend_id: str) -> backend_service_pb2.Backend:
+        request = backend_service_pb2.GetBackendRequest(backend_id=backend_id)
+        backend: backend_service_pb2.Backend = (await self.call(self.backends.GetBackend, request)).backend
+        return backend
+
+    async def has_health(self, backend_id: str, health: int) -> bool:
+        return (await self.get_backend(backend_id)).health == health
+
+    async def update_backend(self, backend_id: str, *paths: str, **values: Any) -> backend_service_pb2.Backend:
+        request = backend_service_pb2.UpdateBackendRequest(
+            backend_id=backend_id, backend=backend_service_pb2.Backend(**values)
+        )
+        request.update_mask.paths.extend(paths)
+        backend: backend_service_pb2.Backend = (await self.call(self.backends.UpdateBackend, request)).backend
+        return backend
+
+    def act_as(self, principal: Principal) -> None:
+        """A new credential, of which identity says that it is this principal's."""
+        self.credential = generate().text
+        self.identity.answers["Authenticate"] = AuthenticateResponse(principal=principal.to_proto())
+
+
+@contextlib.asynccontextmanager
+async def running(config: RouterConfig, identity: PeerDouble) -> AsyncIterator[Router]:
+    """A router that serves until the end of the block, and then stops in good order."""
+    stop = asyncio.Event()
+    task = asyncio.create_task(serve(config, stop))
+    router = Router(config, identity)
+    router.act_as(PRINCIPAL)
+    try:
+        ready = asyncio.ensure_future(router.channel.channel_ready())
+        await asyncio.wait([task, ready], timeout=20, return_when=asyncio.FIRST_COMPLETED)
+        ready.cancel()
+        yield router
+    finally:
+        await router.channel.close(None)
+        stop.set()
+        async with asyncio.timeout(20):
+            await task
+
+
+@pytest.fixture
+async def identity(tmp_path: Path) -> AsyncIterator[PeerDouble]:
+    peer = PeerDouble(f"unix:{tmp_path}/identity.sock")
+    await peer.start()
+    yield peer
+    await peer.stop()
+
+
+@pytest.fixture
+async def config(postgres_url: str, tmp_path: Path, identity: PeerDouble) -> RouterConfig:
+    """The configuration of a router whose Redis and RabbitMQ are away."""
+    await migrate(postgres_url, "router.migrations")
+    return RouterConfig(
+        database_url=postgres_url,
+        redis_url="redis://127.0.0.1:1/0",
+        amqp_url="amqp://guest:guest@127.0.0.1:1/",
+        identity_target=identity.address,
+        state_dir=str(tmp_path / "state"),
+        grpc_address=f"unix:{tmp_path}/router.sock",
+        ops_address="127.0.0.1:0",
+        drain_s=1.0,
+        first_byte_timeout_s=5.0,
+        idle_timeout_s=5.0,
+    )
+
+
+@pytest.fixture
+async def router(config: RouterConfig, identity: PeerDouble, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Router]:
+    """A router without Redis and RabbitMQ; nothing that a test does here needs them."""
+    # Nobody is there to take the events, so none are waited for.
+    monkeypatch.setattr("router.server._FLUSH_S", 0.0)
+    async with running(replace(config), identity) as router:
+        yield router
