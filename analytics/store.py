@@ -103,7 +103,8 @@ class UsageStore:
         try:
             inserted: int = await self._database.fetchval(_INSERT_EVENTS, *columns)
         except _REFUSED_VALUES as error:
-            raise UnstorableEventsError from error
+            # Without the cause: PostgreSQL repeats the row in it.
+            raise UnstorableEventsError(f"PostgreSQL refuses a value ({error.sqlstate})") from None
         return inserted
 
     async def query_usage(self, query: UsageQuery) -> tuple[list[Bucket], Totals]:

@@ -109,7 +109,9 @@ async def _serve(service: str, config: C, serve: Callable[[C, asyncio.Event], Aw
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
+    logger.info("%s is starting", service)
     await serve(config, stop)
+    logger.info("%s has stopped", service)
 
 
 async def _migrate(url: str, package: str) -> None:

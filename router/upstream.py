@@ -15,7 +15,7 @@ from router.backends import Backend
 HEALTH_PATH = "/health"
 """Where vLLM and llama.cpp both tell whether they can serve."""
 
-_CHAT_HEADERS = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+_HEADERS = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
 _PIECE_BYTES = 256 << 10
 # Engines close an idle connection after 5 s; one that is taken in that very moment would lose its request.
 _KEEP_ALIVE_S = 4.0
@@ -108,13 +108,13 @@ class HttpUpstream:
 
     async def open(self, backend: Backend, path: str, body: bytes, timeouts: Timeouts) -> UpstreamAnswer:
         """See `Upstream.open`."""
-        headers = self._authorize(backend, _CHAT_HEADERS)
+        headers = self._authorize(backend, _HEADERS) | {"Content-Length": str(len(body))}
         with _as_upstream_errors():
             async with asyncio.timeout(timeouts.first_byte_s):
                 response = await self._session.post(
                     backend.base_url + path,
                     data=_pieces(body),
-                    headers=headers | {"Content-Length": str(len(body))},
+                    headers=headers,
                     allow_redirects=False,
                     timeout=aiohttp.ClientTimeout(total=None, connect=timeouts.connect_s),
                 )

@@ -104,6 +104,7 @@ class Received:
     body: dict[str, Any]
     headers: dict[str, str]
     client_port: int
+    sent_bytes: int = 0
     abandoned: asyncio.Event = field(default_factory=asyncio.Event)
     answered: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -155,9 +156,9 @@ class ScriptedBackend:
         answer = self.script.popleft() if self.script else self.default
         response = web.StreamResponse(status=answer.status, headers={"Content-Type": answer.content_type})
         try:
-            await _walk(answer.before, request, response)
+            await _walk(answer.before, request, response, received)
             await response.prepare(request)
-            await _walk(answer.steps, request, response)
+            await _walk(answer.steps, request, response, received)
             await response.write_eof()
         except (asyncio.CancelledError, ConnectionError):
             received.abandoned.set()
@@ -172,10 +173,11 @@ def _port_of(request: web.Request) -> int:
     return port
 
 
-async def _walk(steps: Sequence[Step], request: web.Request, response: web.StreamResponse) -> None:
+async def _walk(steps: Sequence[Step], request: web.Request, response: web.StreamResponse, received: Received) -> None:
     for step in steps:
         if isinstance(step, bytes):
             await response.write(step)
+            received.sent_bytes += len(step)
         elif isinstance(step, asyncio.Event):
             await step.wait()
         elif isinstance(step, Cut):

@@ -5,20 +5,22 @@ Never reaches into a service: everything goes through the public address, but fo
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from openai import OpenAI
+from openai import DefaultHttpxClient, OpenAI
 
 ENGINE = os.environ.get("ENGINE", "llamacpp")
 REPLICAS = 2 if ENGINE == "vllm" else 1
@@ -27,12 +29,12 @@ START_TIMEOUT_S = 240
 
 @dataclass(frozen=True)
 class Tenant:
-    """An organization with one API key."""
+    """An organization with one API key. The client is untyped: tests send what its types would not let them."""
 
     organization_id: str
     api_key_id: str
     secret: str
-    openai: OpenAI
+    openai: Any
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Platform:
     admin_key: str
     state: Path
     engine: str
+    clients: ExitStack
 
     @property
     def admin(self) -> httpx.Client:
@@ -51,16 +54,16 @@ class Platform:
             base_url=self.base_url, headers={"Authorization": f"Bearer {self.admin_key}"}, timeout=10, trust_env=False
         )
 
-    def client(self, secret: str, **options: Any) -> OpenAI:
-        """The official client, without retries unless they are asked for."""
-        return OpenAI(
+    def client(self, secret: str) -> Any:
+        """The official client, without retries; closed with the platform."""
+        client = OpenAI(
             base_url=f"{self.base_url}/v1",
             api_key=secret,
-            max_retries=options.pop("max_retries", 0),
+            max_retries=0,
             timeout=60,
-            http_client=httpx.Client(trust_env=False),
-            **options,
+            http_client=DefaultHttpxClient(trust_env=False),
         )
+        return self.clients.enter_context(client)
 
     def new_tenant(self, name: str, scopes: tuple[str, ...] = ()) -> Tenant:
         """Makes an organization and a key on it. No scopes means inference only."""
@@ -98,13 +101,11 @@ def wait_until(condition: Callable[[], Any], within_s: float, what: str) -> Any:
 
 
 @pytest.fixture(scope="session")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+def platform() -> Iterator[Platform]:
     """`make up` on a state folder of its own."""
-    base = Path(tmp_path_factory.mktemp("platform"))
-    for folder in (base, *base.parents):
-        # The stack's service user must be able to enter the state folder that pytest made for its own user alone.
-        if folder.stat().st_uid == os.getuid() and folder != Path("/"):
-            folder.chmod(folder.stat().st_mode | 0o011)
+    # Not pytest's own temporary folder: the stack's service user may not enter that.
+    base = Path(tempfile.mkdtemp(prefix="aiaas-e2e-", dir="/tmp"))
+    base.chmod(0o755)
     state = base / "state"
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
@@ -136,7 +137,8 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
 
         wait_until(proven, START_TIMEOUT_S, "the stack proves itself")
         ready = json.loads((state / "ready.json").read_text())
-        yield Platform(ready["base_url"], ready["api_key"], state, ENGINE)
+        with ExitStack() as clients:
+            yield Platform(ready["base_url"], ready["api_key"], state, ENGINE, clients)
     finally:
         stack.send_signal(signal.SIGINT)
         try:
@@ -146,6 +148,7 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
             raise
         finally:
             output.close()
+            shutil.rmtree(base, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -155,6 +158,6 @@ def tenant(platform: Platform) -> Tenant:
 
 
 @pytest.fixture
-def openai(tenant: Tenant) -> OpenAI:
+def openai(tenant: Tenant) -> Any:
     """The official client of the shared tenant."""
     return tenant.openai

@@ -25,7 +25,8 @@ def usage(platform: Platform, organization_id: str, **query: Any) -> dict[str, A
             f"/analytics/v1/organizations/{organization_id}/usage", params={"start_time": start, **query}
         )
     assert response.status_code == 200, response.text
-    return response.json()
+    answer: dict[str, Any] = response.json()
+    return answer
 
 
 def totals(platform: Platform, organization_id: str) -> dict[str, int]:
@@ -88,7 +89,7 @@ def test_request_can_be_found_by_its_id(platform: Platform) -> None:
     tenant = platform.new_tenant("Found")
     raw = tenant.openai.chat.completions.with_raw_response.create(model=MODEL, messages=HELLO, max_tokens=2)
 
-    def record() -> list[dict[str, Any]]:
+    def record() -> Any:
         with platform.admin as admin:
             response = admin.get(
                 f"/analytics/v1/organizations/{tenant.organization_id}/usage-records",

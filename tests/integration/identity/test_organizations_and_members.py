@@ -3,6 +3,8 @@
 import asyncio
 from typing import Any
 
+import asyncpg
+import grpc
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 
@@ -13,7 +15,7 @@ from aiaas.identity.v1 import service_account_service_pb2 as service_accounts
 from aiaas.identity.v1 import user_service_pb2 as users
 from aiaas.identity.v1.auth_service_pb2 import GetCurrentPrincipalRequest
 from aiaas.type.v1.limits_pb2 import RateLimits
-from mesh.errors import PlatformError, Reason
+from mesh.errors import PlatformError, Reason, from_rpc_error
 from tests.integration.identity.harness import Identity
 
 
@@ -203,14 +205,37 @@ async def test_last_owner_stays(identity: Identity) -> None:
     for method, request in ((identity.users.RemoveUser, remove), (identity.users.UpdateUser, demote)):
         for secret in (one.secret, None):
             assert (await identity.refused(method, request, secret)).reason is Reason.FAILED_PRECONDITION
-    other = await identity.member(organization_id, "owner", "other@example.com")
-    remove_other = users.RemoveUserRequest(organization_id=organization_id, user_id=other.user_id)
-    outcomes = await asyncio.gather(
-        identity.call(identity.users.RemoveUser, remove),
-        identity.call(identity.users.RemoveUser, remove_other),
-        return_exceptions=True,
-    )
-    assert sorted(isinstance(outcome, Exception) for outcome in outcomes) == [False, True]
+
+
+async def test_two_owners_who_leave_at_the_same_time_do_not_both_leave(identity: Identity, database_url: str) -> None:
+    organization_id = await identity.organization()
+    owners = [await identity.member(organization_id, "owner", f"{name}@example.com") for name in ("one", "other")]
+    connection = await asyncpg.connect(database_url)
+    async with connection.transaction():
+        # Both have to wait here for their turn, so neither can judge by what the other is about to change.
+        await connection.execute("SELECT FROM organizations WHERE organization_id = $1 FOR UPDATE", organization_id)
+        removals = [
+            asyncio.create_task(
+                identity.call(
+                    identity.users.RemoveUser,
+                    users.RemoveUserRequest(organization_id=organization_id, user_id=owner.user_id),
+                )
+            )
+            for owner in owners
+        ]
+        async with asyncio.timeout(5):
+            while True:
+                waiting = await connection.fetchval(
+                    "SELECT count(*) FROM pg_stat_activity"
+                    " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+                )
+                if waiting == len(removals):
+                    break
+                await asyncio.sleep(0.02)
+    await connection.close()
+    outcomes = await asyncio.gather(*removals, return_exceptions=True)
+    (failed,) = (outcome for outcome in outcomes if isinstance(outcome, grpc.aio.AioRpcError))
+    assert from_rpc_error(failed).reason is Reason.FAILED_PRECONDITION
     listed = await identity.call(
         identity.users.ListUsers, users.ListUsersRequest(organization_id=organization_id, role_id="owner")
     )

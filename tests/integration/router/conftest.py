@@ -71,7 +71,10 @@ class Router:
     credential: str = field(default_factory=lambda: generate().text)
 
     def __post_init__(self) -> None:
-        self.channel = grpc.aio.insecure_channel(self.config.grpc_address)
+        self.channel = grpc.aio.insecure_channel(
+            self.config.grpc_address,
+            options=[("grpc.initial_reconnect_backoff_ms", 50), ("grpc.min_reconnect_backoff_ms", 50)],
+        )
         self.inference = InferenceServiceStub(self.channel)
         self.models = ModelServiceStub(self.channel)
         self.backends = BackendServiceStub(self.channel)

@@ -1,0 +1,173 @@
+"""Analytics as a whole: it starts without RabbitMQ and identity, heals, counts and answers, and ends when told."""
+
+import asyncio
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import grpc
+import httpx
+import pytest
+
+from aiaas.analytics.v1 import usage_service_pb2 as pb
+from aiaas.analytics.v1 import usage_service_pb2_grpc
+from aiaas.identity.v1.auth_service_pb2 import AuthenticateResponse
+from aiaas.type.v1.principal_pb2 import PRINCIPAL_KIND_USER, Principal
+from analytics.config import AnalyticsConfig
+from analytics.consumer import QUEUE
+from analytics.server import serve
+from mesh.broker import Broker
+from mesh.config import load
+from mesh.errors import PlatformError, Reason, from_rpc_error
+from tests.doubles.peer import PeerDouble
+from tests.doubles.tcp_gate import TcpGate
+from tests.doubles.usage_events import usage_event
+from tests.integration.analytics.conftest import wait_until
+
+METADATA = (("authorization", "Bearer session"),)
+
+
+def free_port() -> int:
+    with closing(socket.create_server(("127.0.0.1", 0))) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@asynccontextmanager
+async def running(environ: dict[str, str]) -> AsyncIterator[None]:
+    stop = asyncio.Event()
+    serving = asyncio.create_task(serve(load(AnalyticsConfig, environ), stop))
+    try:
+        yield
+        assert not serving.done()
+    finally:
+        stop.set()
+        async with asyncio.timeout(10):
+            await serving
+
+
+async def test_starts_without_its_peers_and_counts_when_they_are_there(
+    database_url: str, broker: Broker, amqp_url: str, tmp_path: Path
+) -> None:
+    rabbitmq = urlsplit(amqp_url)
+    identity = PeerDouble(f"unix:{tmp_path}/identity")
+    identity.answers["Authenticate"] = AuthenticateResponse(
+        principal=Principal(
+            kind=PRINCIPAL_KIND_USER, principal_id="user_a", organization_id="org_a", permissions=["usage.query"]
+        )
+    )
+    now = datetime.now(UTC)
+    request = pb.QueryUsageRequest(organization_id="org_a")
+    request.start_time.FromDatetime(now - timedelta(hours=1))
+
+    async with TcpGate(rabbitmq.hostname or "", rabbitmq.port or 0) as gate:
+        await gate.shut()
+        with_gate = rabbitmq._replace(netloc=f"{rabbitmq.username}:{rabbitmq.password}@127.0.0.1:{gate.port}")
+        ops = f"127.0.0.1:{free_port()}"
+        environ = {
+            "AIAAS_ANALYTICS_DATABASE_URL": database_url,
+            "AIAAS_ANALYTICS_AMQP_URL": with_gate.geturl(),
+            "AIAAS_ANALYTICS_IDENTITY_TARGET": identity.address,
+            "AIAAS_ANALYTICS_GRPC_ADDRESS": f"unix:{tmp_path}/analytics",
+            "AIAAS_ANALYTICS_OPS_ADDRESS": ops,
+            "AIAAS_ANALYTICS_DRAIN_S": "1",
+        }
+        async with (
+            running(environ),
+            grpc.aio.insecure_channel(f"unix:{tmp_path}/analytics") as channel,
+            httpx.AsyncClient(base_url=f"http://{ops}", trust_env=False) as operator,
+        ):
+            stub = usage_service_pb2_grpc.UsageServiceStub(channel)
+
+            async def is_ready() -> bool:
+                try:
+                    return (await operator.get("/ready")).status_code == 200
+                except httpx.TransportError:
+                    return False
+
+            await wait_until(is_ready, 10, "it is ready without RabbitMQ and identity")
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.QueryUsage(request, wait_for_ready=True, metadata=METADATA, timeout=10)
+            assert from_rpc_error(caught.value).reason is Reason.AUTH_UNAVAILABLE
+
+            await identity.start()
+            await broker.publish(
+                QUEUE.exchange,
+                QUEUE.routing_key,
+                usage_event(admit_time=now).SerializeToString(),
+                message_id="req_1",
+                timeout_s=10,
+            )
+            await gate.open()
+
+            async def is_counted_and_fresh() -> bool:
+                try:
+                    answer = await stub.QueryUsage(request, metadata=METADATA, timeout=10)
+                except grpc.aio.AioRpcError:
+                    return False
+                return answer.totals.requests == 1 and answer.freshness.state == pb.FRESHNESS_STATE_FRESH
+
+            await wait_until(is_counted_and_fresh, 20, "the event is counted and the answer is fresh")
+            metrics = (await operator.get("/metrics")).text
+            assert 'aiaas_analytics_events_total{result="inserted"}' in metrics
+            assert "aiaas_analytics_batch_seconds_count" in metrics
+            assert "aiaas_analytics_lag_seconds" in metrics
+        await identity.stop()
+
+
+async def command(*arguments: str, **environ: str) -> tuple[int, str]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "analytics", *arguments),
+        env={"PATH": os.environ["PATH"], **environ},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    output, _ = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, output.decode()
+
+
+async def test_migrate_makes_the_schema_once(postgres_url: str) -> None:
+    environ = {
+        "AIAAS_ANALYTICS_DATABASE_URL": postgres_url,
+        "AIAAS_ANALYTICS_AMQP_URL": "amqp://nowhere",
+        "AIAAS_ANALYTICS_IDENTITY_TARGET": "unix:nowhere",
+    }
+    assert await command("migrate", **environ) == (0, "applied 0001_analytics.sql\n")
+    assert await command("migrate", **environ) == (0, "nothing to apply\n")
+
+
+async def test_wrong_configuration_is_named() -> None:
+    status, output = await command("check-config", AIAAS_ANALYTICS_BATCH_SIZE="0")
+    assert status == 2
+    for variable in ("BATCH_SIZE", "DATABASE_URL", "AMQP_URL", "IDENTITY_TARGET"):
+        assert f"AIAAS_ANALYTICS_{variable}" in output
+
+
+async def test_postgres_away_is_not_ready_and_unavailable(tmp_path: Path) -> None:
+    ops = f"127.0.0.1:{free_port()}"
+    environ = {
+        "AIAAS_ANALYTICS_DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none",
+        "AIAAS_ANALYTICS_AMQP_URL": "amqp://127.0.0.1:1/",
+        "AIAAS_ANALYTICS_IDENTITY_TARGET": f"unix:{tmp_path}/identity",
+        "AIAAS_ANALYTICS_GRPC_ADDRESS": f"unix:{tmp_path}/analytics",
+        "AIAAS_ANALYTICS_OPS_ADDRESS": ops,
+    }
+    async with running(environ), httpx.AsyncClient(base_url=f"http://{ops}", trust_env=False) as operator:
+
+        async def is_healthy() -> bool:
+            try:
+                return (await operator.get("/health")).status_code == 200
+            except httpx.TransportError:
+                return False
+
+        await wait_until(is_healthy, 10, "it runs")
+        ready = await operator.get("/ready")
+        assert ready.status_code == 503
+        assert ready.json()["checks"]["database"] == PlatformError(Reason.UNAVAILABLE).message
