@@ -32,50 +32,40 @@ class Consumer:
     def __init__(self, store: UsageStore, clock: Clock) -> None:
         self._store = store
         self._clock = clock
-        # Bodies that were counted although their batch was not acknowledged; they come again one by one.
-        self._counted: frozenset[bytes] = frozenset()
 
     async def run(self, broker: Broker, queue: Queue, batch_size: int) -> None:
         """Take batches of up to `batch_size` until cancelled."""
         await broker.consume(queue, self.take, batch_size=batch_size, wait_s=_WAIT_S)
 
-    async def take(self, bodies: Sequence[bytes]) -> None:
-        """Count a batch; returns when it is committed.
+    async def take(self, bodies: Sequence[bytes]) -> set[int]:
+        """Count a batch; returns, once it is committed, the positions of what cannot be counted.
 
-        Raises PlatformError(UNAVAILABLE) while PostgreSQL is away, and UnacceptableEvent or UnstorableEventsError for
-        a batch of which something cannot be counted.
+        Raises PlatformError(UNAVAILABLE) while PostgreSQL is away, and UnstorableEventsError for a batch of which
+        something cannot be stored.
         """
-        if len(bodies) == 1 and bodies[0] in self._counted:
-            return
-        self._counted = frozenset()
         with metrics.BATCH_SECONDS.time():
-            events, marks, refusal = self._sort(bodies)
+            events, marks, refused = self._sort(bodies)
             inserted = await self._store.insert_events(events)
             if marks:
                 await self._store.set_complete_until(min(max(marks), self._clock.now()))
         metrics.INSERTED.inc(inserted)
         metrics.DUPLICATE.inc(len(events) - inserted)
-        if refusal is None:
-            return
-        if len(bodies) == 1:
-            metrics.REJECTED.inc()
-        else:
-            # The whole batch comes again message by message, but nobody has to wait for that.
-            self._counted = frozenset(event.body for event in events)
-        raise refusal
+        metrics.REJECTED.inc(len(refused))
+        return refused
 
-    def _sort(self, bodies: Sequence[bytes]) -> tuple[list[Event], list[datetime], UnacceptableEvent | None]:
-        """What can be counted, the times of the marks, and why something cannot be counted."""
+    def _sort(self, bodies: Sequence[bytes]) -> tuple[list[Event], list[datetime], set[int]]:
+        """What can be counted, the times of the marks, and the positions of what cannot be counted."""
         now = self._clock.now()
         events: list[Event] = []
         marks: list[datetime] = []
-        refusal: UnacceptableEvent | None = None
-        for body in bodies:
+        refused: set[int] = set()
+        for position, body in enumerate(bodies):
             if (mark := read_mark(body)) is not None:
                 marks.append(mark)
                 continue
             try:
                 events.append(read_event(body, now))
             except UnacceptableEvent as error:
-                refusal = error
-        return events, marks, refusal
+                logger.warning("an event cannot be counted: %s", error)
+                refused.add(position)
+        return events, marks, refused

@@ -6,9 +6,8 @@ is needed, dropped when it fails, and every wait has a limit.
 
 import asyncio
 import contextlib
-import itertools
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import aio_pika
@@ -43,7 +42,7 @@ class Queue:
         return f"{self.name}.dead"
 
 
-Handler = Callable[[Sequence[bytes]], Awaitable[None]]
+Handler = Callable[[Sequence[bytes]], Awaitable[Collection[int]]]
 
 
 class Broker:
@@ -72,17 +71,20 @@ class Broker:
                     self._exchanges[exchange] = await channel.get_exchange(exchange, ensure=False)
                 await self._exchanges[exchange].publish(message, routing_key, mandatory=True)
         except _AWAY as error:
-            if not isinstance(error, aio_pika.exceptions.DeliveryError):
+            # A plain DeliveryError is a queue that is full. One that was returned has no queue: it was deleted, and a
+            # new connection declares it again.
+            if type(error) is not aio_pika.exceptions.DeliveryError:
                 await self._drop(channel)
             raise PlatformError(Reason.UNAVAILABLE) from error
 
     async def consume(self, queue: Queue, handle: Handler, *, batch_size: int, wait_s: float) -> None:
         """Hands batches of bodies to `handle` until cancelled: at most `batch_size`, and no later than `wait_s` after
-        the first. What `handle` returns from is acknowledged.
+        the first. `handle` returns the positions of bodies that nobody can take; those go back to the queue, the fifth
+        time to the dead-letter queue, and all others are acknowledged.
 
         While it raises PlatformError(UNAVAILABLE) it is asked again, with pauses: what it needs is away, and no message
-        is to blame. On any other exception each message of the batch is handed over alone, and those that fail so go
-        back to the queue, the fifth time to the dead-letter queue.
+        is to blame. On any other exception each message of the batch is handed over alone, and those that fail alone
+        are refused.
         """
         pause = 0
         while True:
@@ -160,6 +162,9 @@ class _Consumer:
 
     async def run(self, connection: AbstractConnection, source: AbstractQueue) -> None:
         connection.close_callbacks.add(self._ended)
+        source.close_callbacks.add(self._ended)
+        # The broker cancels a consumer whose queue is deleted.
+        (await source.channel.get_underlay_channel()).on_consumer_cancel_callbacks.add(self._ended)
         await source.consume(self._arrived.put)
         while True:
             await self._deal(await self._batch())
@@ -185,28 +190,31 @@ class _Consumer:
 
     async def _deal(self, batch: Sequence[AbstractIncomingMessage]) -> None:
         try:
-            await self._handle_patiently(batch)
+            refused = await self._handle_patiently(batch)
         except Exception:
-            if len(batch) == 1:
-                logger.warning("a message goes back to its queue", exc_info=True)
-                await batch[0].reject(requeue=True)
+            logger.exception("%d messages could not be handled", len(batch))
+            if len(batch) > 1:
+                for message in batch:
+                    await self._deal([message])
                 return
-            for message in batch:
-                await self._deal([message])
-        else:
-            # Whatever was delivered before is settled already.
-            await batch[-1].ack(multiple=True)
+            refused = (0,)
+        for position in refused:
+            await batch[position].reject(requeue=True)
+        if taken := [message for position, message in enumerate(batch) if position not in refused]:
+            # Whatever was delivered before the last is settled.
+            await taken[-1].ack(multiple=True)
 
-    async def _handle_patiently(self, batch: Sequence[AbstractIncomingMessage]) -> None:
+    async def _handle_patiently(self, batch: Sequence[AbstractIncomingMessage]) -> Collection[int]:
         bodies = [message.body for message in batch]
-        for attempt in itertools.count():
+        attempt = 0
+        while True:
             try:
-                await self._handle(bodies)
-                return
+                return await self._handle(bodies)
             except PlatformError as error:
                 if error.reason is not Reason.UNAVAILABLE:
                     raise
             await asyncio.sleep(_PAUSES_S[min(attempt, len(_PAUSES_S) - 1)])
+            attempt += 1
 
 
 async def _close(connection: AbstractConnection) -> None:

@@ -89,7 +89,7 @@ class Database:
                     yield connection
                 except asyncpg.InterfaceError as error:
                     # asyncpg says so both of a connection that broke and of a call that is wrong.
-                    if connection.is_closed():
+                    if _is_lost(connection):
                         raise PlatformError(Reason.UNAVAILABLE) from error
                     raise
         finally:
@@ -109,6 +109,14 @@ class Database:
                         timeout=_ACQUIRE_TIMEOUT_S,
                     )
         return self._pool
+
+
+def _is_lost(connection: Connection) -> bool:
+    try:
+        return connection.is_closed()
+    except asyncpg.InterfaceError:
+        # The pool takes back a connection that breaks while it is in use.
+        return True
 
 
 @contextmanager

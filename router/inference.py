@@ -184,7 +184,8 @@ class Inference:
             raise
 
     def abandon(self) -> None:
-        """Nobody waits for the answer any more: close and record, unless that has happened."""
+        """Nobody waits for the answer any more: close and record, unless that has happened. Whoever still iterates
+        `parts()` is cancelled."""
         if self._watch is not None and self._watch.complete:
             # Clients hang up at the closing marker; they have had everything by then.
             self._settle(usage_event_pb2.OUTCOME_SUCCEEDED, "")
@@ -258,7 +259,12 @@ class Inference:
         if served.backend.first_byte_timeout_millis:
             timeouts = replace(timeouts, first_byte_s=served.backend.first_byte_timeout_millis / 1000)
         body = parsed.upstream_body(served.upstream_model)
-        answer = self._answer = await engine.upstream.open(served.backend, parsed.path, body, timeouts)
+        answer = await engine.upstream.open(served.backend, parsed.path, body, timeouts)
+        if self._settled:
+            # Abandoned in the meantime; nobody else knows of this answer.
+            answer.close()
+            raise asyncio.CancelledError
+        self._answer = answer
         if answer.status != 200:
             raise _judge(answer.status, sse.read_fault(await _read_whole(answer, _FAULT_BYTES), answer.status))
         if answer.content_type != (_STREAM if parsed.stream else _JSON):
@@ -296,7 +302,8 @@ class Inference:
         """
         answer, watch = self._answer, self._watch
         if answer is None or watch is None:
-            raise PlatformError(Reason.INTERNAL)
+            # Abandoned while the client was reading.
+            raise asyncio.CancelledError
         if watch.fault is not None:
             raise _judge(watch.fault.status, watch.fault)
         if watch.complete:

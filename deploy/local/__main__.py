@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from deploy.local.errors import LocalError
-from deploy.local.proof import Proof, prove
+from deploy.local.proof import QUESTION, Proof, prove
 from deploy.local.stack import Stack, running
 from deploy.local.state import State
 from deploy.local.supervisor import Event
@@ -45,12 +45,13 @@ class Display:
 
     def settle(self) -> None:
         """Everything has started: nothing is awaited any more."""
-        self._status.stop()
+        with contextlib.suppress(OSError):
+            self._status.stop()
 
     def stopping(self) -> None:
         """Says that the end has begun."""
         self._stopping = True
-        self._console.print("\nStopping. Data, logs and the key stay.", highlight=False)
+        self._print("\nStopping. Data, logs and the key stay.")
 
     def report(self, event: Event) -> None:
         """Shows one event."""
@@ -58,23 +59,28 @@ class Display:
             self._starting.append(event.name)
         elif event.name in self._starting:
             self._starting.remove(event.name)
-        self._status.update("starting " + ", ".join(self._starting))
+        with contextlib.suppress(OSError):
+            self._status.update("starting " + ", ".join(self._starting))
         if event.what in ("ready", "done"):
-            self._console.print(
-                f"  [green]✓[/] {event.name:<22}[dim]{event.seconds:6.1f} s {event.what}[/]", highlight=False
-            )
+            self._print(f"  [green]✓[/] {event.name:<22}[dim]{event.seconds:6.1f} s {event.what}[/]")
         elif event.what == "died" and not self._stopping:
-            self._console.print(
+            self._print(
                 f"  [red]✗[/] {event.name:<22}[dim]ended with status {event.status}, starting it again[/]",
                 highlight=False,
             )
+
+    def _print(self, line: str) -> None:
+        # A terminal that was closed is no reason to stop, nor to stop stopping.
+        with contextlib.suppress(OSError):
+            self._console.print(line, highlight=False, soft_wrap=True)
 
     def proved(self, stack: Stack, proof: Proof, state: State) -> None:
         """Shows the proof and how to go on."""
         key, url = stack.platform_key, stack.base_url
         lines = [
             "",
-            f"[bold]“{escape(proof.answer)}”[/]",
+            f"[dim]{escape(QUESTION)}[/]",
+            f"[bold]{escape(proof.answer)}[/]",
             f"[dim]first word after {proof.first_word_s * 1000:.0f} ms, {proof.completion_tokens} tokens "
             f"in {proof.whole_s:.2f} s, usage in analytics {proof.usage_s:.1f} s later; "
             f"everything in {time.monotonic() - self._began:.1f} s[/]",
@@ -92,7 +98,7 @@ class Display:
             "Ctrl-C stops it.",
         ]
         for line in lines:
-            self._console.print(line, highlight=False, soft_wrap=True)
+            self._print(line)
 
 
 async def _serve(arguments: argparse.Namespace, display: Display) -> None:
@@ -129,9 +135,9 @@ async def _until_told(arguments: argparse.Namespace, display: Display) -> None:
         nonlocal told
         if not told:
             told = True
+            work.cancel()
             display.settle()
             display.stopping()
-            work.cancel()
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, stop)

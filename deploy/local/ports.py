@@ -27,6 +27,8 @@ def free_port() -> int:
 
 def require_free(port: int) -> None:
     """Checks that the public port can be listened on. Raises LocalError with what to do otherwise."""
+    if not 0 < port < 65536:
+        raise LocalError(f"There is no port {port}: choose one from 1024 to 65535, for example make up PORT=8080.")
     refusal = _refusal(port)
     if refusal is None:
         return

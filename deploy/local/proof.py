@@ -11,7 +11,8 @@ import aiohttp
 from deploy.local.engines import CHAT_MODEL
 from deploy.local.errors import LocalError
 
-QUESTION = "Say hello to the world in one short sentence."
+# One that the small default model answers well.
+QUESTION = "What is a rainbow? One sentence."
 ANSWER_LIMIT_S = 60.0
 USAGE_LIMIT_S = 10.0
 
@@ -47,7 +48,7 @@ async def _prove(session: aiohttp.ClientSession, organization_id: str) -> Proof:
     body = {
         "model": CHAT_MODEL,
         "messages": [{"role": "user", "content": QUESTION}],
-        "max_tokens": 40,
+        "max_tokens": 64,
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},

@@ -67,13 +67,13 @@ async def running(
     again in the same state folder keeps data and key. Raises LocalError with what to do.
     """
     async with Supervisor(state, report) as supervisor:
-        if port:
+        if port is not None:
             # Only now, as what a killed stack left behind may have held it.
             require_free(port)
         try:
-            stack = await _Composition(state, supervisor, port or free_port(), settings or {}, report).start(
-                engine, chat_replicas
-            )
+            stack = await _Composition(
+                state, supervisor, free_port() if port is None else port, settings or {}, report
+            ).start(engine, chat_replicas)
         except ExceptionGroup as group:
             raise _cause(group) from None
         yield stack

@@ -1,7 +1,6 @@
 """Turns exceptions into gRPC statuses by the catalog; it tells nothing of an exception it does not know."""
 
 import logging
-from collections.abc import AsyncIterator
 from typing import Any, NoReturn
 
 import grpc
@@ -22,31 +21,24 @@ class ErrorsInterceptor(AsyncServerInterceptor):
     ) -> Any:
         """Passes the call on; cancellation passes through untouched."""
         try:
-            answer = await proceed(method, request, context)
+            return await proceed(method, request, context)
+        except grpc.aio.AbortError:
+            raise
         except Exception as error:
             await _abort(context, method_name, error)
-        return _stream(answer, context, method_name) if isinstance(answer, AsyncIterator) else answer
-
-
-async def _stream(
-    answer: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any], method_name: str
-) -> AsyncIterator[Any]:
-    try:
-        async for message in answer:
-            yield message
-    except Exception as error:
-        await _abort(context, method_name, error)
 
 
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], method_name: str, error: Exception) -> NoReturn:
-    if isinstance(error, grpc.aio.AbortError):
-        raise error
     if isinstance(error, NotImplementedError):
         # What the generated base class of a servicer raises for a method that the servicer lacks.
         error = PlatformError(Reason.UNIMPLEMENTED)
     if not isinstance(error, PlatformError | grpc.aio.AioRpcError):
         logger.error("%s failed", method_name, exc_info=error)
     status: Any = rpc_status.to_status(to_status(error))
-    # `abort_with_status` would pass by the instrumentation, which sees only `abort`.
-    await context.abort(status.code, status.details, status.trailing_metadata)
+    try:
+        # `abort_with_status` would pass by the instrumentation, which sees only `abort`.
+        await context.abort(status.code, status.details, status.trailing_metadata)
+    except grpc.aio.AbortError as aborted:
+        # A span records the exception with what caused it, and that may hold a secret.
+        raise aborted from None
     raise AssertionError("abort raises")

@@ -2,8 +2,6 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -27,41 +25,25 @@ class MetricsInterceptor(AsyncServerInterceptor):
     ) -> Any:
         """Passes the call on and counts its end; of a stream, the end of the stream."""
         started = time.monotonic()
-        with _counted(method_name, context, started) as counted:
-            answer = await proceed(method, request, context)
-            if isinstance(answer, AsyncIterator):
-                counted.clear()
-                return _stream(answer, method_name, context, started)
-            return answer
-
-
-async def _stream(
-    answer: AsyncIterator[Any], method_name: str, context: grpc.aio.ServicerContext[Any, Any], started: float
-) -> AsyncIterator[Any]:
-    with _counted(method_name, context, started):
-        async for message in answer:
-            yield message
-
-
-@contextmanager
-def _counted(method_name: str, context: grpc.aio.ServicerContext[Any, Any], started: float) -> Iterator[list[None]]:
-    """Counts at the end of the block, unless the list that it gives was cleared."""
-    pending = [None]
-    code = "OK"
-    try:
-        yield pending
-    except (asyncio.CancelledError, GeneratorExit):
-        code = "CANCELLED"
-        raise
-    except BaseException:
-        # It is the number where gRPC's own core set it.
-        set_code: Any = context.code()
-        code = _NAMES.get(set_code, "UNKNOWN") if isinstance(set_code, int) else getattr(set_code, "name", "UNKNOWN")
-        raise
-    finally:
-        if pending:
+        code = "OK"
+        try:
+            return await proceed(method, request, context)
+        except asyncio.CancelledError:
+            # gRPC cancels a call both when its caller goes and when the caller's time is over.
+            code = "DEADLINE_EXCEEDED" if context.time_remaining() == 0 else "CANCELLED"
+            raise
+        except BaseException:
+            code = _code(context)
+            raise
+        finally:
             _requests(method_name, code).inc()
             _duration(method_name).observe(time.monotonic() - started)
+
+
+def _code(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    code: Any = context.code()
+    # It is the number where gRPC's own core set it.
+    return _NAMES.get(code, "UNKNOWN") if isinstance(code, int) else getattr(code, "name", "UNKNOWN")
 
 
 # `labels` takes a lock and a look-up each time; the pairs are few and known.

@@ -8,7 +8,7 @@ from types import TracebackType
 
 
 class TcpGate:
-    """Listens on a free port and relays to `host`:`port`. While it is shut, connections break and new ones are refused."""
+    """Listens on a free port and relays to `host`:`port`. While it is shut, connections break and new ones fail."""
 
     def __init__(self, host: str, port: int) -> None:
         self.port = 0

@@ -225,10 +225,7 @@ async def test_two_owners_who_leave_at_the_same_time_do_not_both_leave(identity:
         ]
         async with asyncio.timeout(5):
             while True:
-                waiting = await connection.fetchval(
-                    "SELECT count(*) FROM pg_stat_activity"
-                    " WHERE datname = current_database() AND wait_event_type = 'Lock'"
-                )
+                waiting = await connection.fetchval("SELECT count(DISTINCT pid) FROM pg_locks WHERE NOT granted")
                 if waiting == len(removals):
                     break
                 await asyncio.sleep(0.02)

@@ -68,6 +68,7 @@ class Router:
 
     config: RouterConfig
     identity: PeerDouble
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
     credential: str = field(default_factory=lambda: generate().text)
 
     def __post_init__(self) -> None:
@@ -91,7 +92,7 @@ class Router:
             raise from_rpc_error(error) from error
 
     def infer(
-        self, body: Any, endpoint: Endpoint.ValueType = ENDPOINT_CHAT_COMPLETIONS, *, timeout_s: float = 30
+        self, body: Any, endpoint: Endpoint.ValueType = ENDPOINT_CHAT_COMPLETIONS, *, timeout_s: float = 60
     ) -> Any:
         """A call of Infer, to be iterated or cancelled."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -156,9 +157,8 @@ class Router:
 @contextlib.asynccontextmanager
 async def running(config: RouterConfig, identity: PeerDouble) -> AsyncIterator[Router]:
     """A router that serves until the end of the block, and then stops in good order."""
-    stop = asyncio.Event()
-    task = asyncio.create_task(serve(config, stop))
     router = Router(config, identity)
+    task = asyncio.create_task(serve(config, router.stop))
     router.act_as(PRINCIPAL)
     try:
         ready = asyncio.ensure_future(router.channel.channel_ready())
@@ -167,7 +167,7 @@ async def running(config: RouterConfig, identity: PeerDouble) -> AsyncIterator[R
         yield router
     finally:
         await router.channel.close(None)
-        stop.set()
+        router.stop.set()
         async with asyncio.timeout(20):
             await task
 
@@ -192,9 +192,9 @@ async def config(postgres_url: str, tmp_path: Path, identity: PeerDouble) -> Rou
         state_dir=str(tmp_path / "state"),
         grpc_address=f"unix:{tmp_path}/router.sock",
         ops_address="127.0.0.1:0",
-        drain_s=1.0,
-        first_byte_timeout_s=5.0,
-        idle_timeout_s=5.0,
+        drain_s=10.0,
+        first_byte_timeout_s=60.0,
+        idle_timeout_s=60.0,
     )
 
 

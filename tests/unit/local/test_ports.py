@@ -46,3 +46,9 @@ def test_public_port_that_is_free_is_accepted(listening: socket.socket) -> None:
     port = listening.getsockname()[1]
     listening.close()
     require_free(port)
+
+
+@pytest.mark.parametrize("port", [-1, 65536])
+def test_number_that_is_no_port_is_refused(port: int) -> None:
+    with pytest.raises(LocalError, match="There is no port"):
+        require_free(port)

@@ -496,6 +496,21 @@ async def test_cancelled_in_the_middle_is_billed_what_was_produced(world: World,
     assert len(world.events) == 1
 
 
+async def test_abandoned_inference_does_not_go_on(world: World) -> None:
+    go_on = asyncio.Event()
+    world.first.default = Answer([*sse(chunk("a"), done=False), asyncio.Event()], content_type=EVENTS, before=[go_on])
+    inference = world.begin(STREAM)
+    parts = inference.parts()
+    task = asyncio.ensure_future(anext(parts))
+    await until(lambda: bool(world.first.received))
+    inference.abandon()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await until(world.first.received[0].abandoned.is_set, within_s=1)
+    assert world.event().outcome == OUTCOME_CANCELLED
+
+
 async def test_client_that_hangs_up_at_the_closing_marker_was_served(world: World) -> None:
     answer = chat_stream("a")
     world.first.default = Answer([*answer.steps, asyncio.Event()], content_type=EVENTS)
