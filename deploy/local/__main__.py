@@ -23,6 +23,8 @@ from deploy.local.supervisor import Event
 EXIT_FAILED = 1
 # In the state folder while a proven stack runs, for programs that use it: base_url, api_key, organization_id.
 READY_FILE = "ready.json"
+# It is no reason to stop, nor to stop stopping; rich turns a closed pipe into SystemExit.
+CLOSED_TERMINAL = contextlib.suppress(OSError, SystemExit)
 
 
 class Display:
@@ -45,7 +47,7 @@ class Display:
 
     def settle(self) -> None:
         """Everything has started: nothing is awaited any more."""
-        with contextlib.suppress(OSError):
+        with CLOSED_TERMINAL:
             self._status.stop()
 
     def stopping(self) -> None:
@@ -59,19 +61,15 @@ class Display:
             self._starting.append(event.name)
         elif event.name in self._starting:
             self._starting.remove(event.name)
-        with contextlib.suppress(OSError):
+        with CLOSED_TERMINAL:
             self._status.update("starting " + ", ".join(self._starting))
         if event.what in ("ready", "done"):
             self._print(f"  [green]✓[/] {event.name:<22}[dim]{event.seconds:6.1f} s {event.what}[/]")
         elif event.what == "died" and not self._stopping:
-            self._print(
-                f"  [red]✗[/] {event.name:<22}[dim]ended with status {event.status}, starting it again[/]",
-                highlight=False,
-            )
+            self._print(f"  [red]✗[/] {event.name:<22}[dim]ended with status {event.status}[/]")
 
     def _print(self, line: str) -> None:
-        # A terminal that was closed is no reason to stop, nor to stop stopping.
-        with contextlib.suppress(OSError):
+        with CLOSED_TERMINAL:
             self._console.print(line, highlight=False, soft_wrap=True)
 
     def proved(self, stack: Stack, proof: Proof, state: State) -> None:

@@ -7,7 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +282,27 @@ async def test_peer_that_was_long_away_is_found_within_two_seconds(address: str)
         await client.get_model(wait_for_ready=True)
         assert time.monotonic() - began < 2
         await running.stop()
+
+
+async def test_slow_way_to_the_peer_is_waited_for() -> None:
+    address, port = f"127.0.0.1:{free_port()}", free_port()
+
+    async def relay_late(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(1.2)
+        onward_reader, onward_writer = await asyncio.open_connection(*address.split(":"))
+        await asyncio.gather(copy(reader, onward_writer), copy(onward_reader, writer))
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while data := await reader.read(65536):
+                writer.write(data)
+        writer.close()
+
+    async with serving(address):
+        relay = await asyncio.start_server(relay_late, "127.0.0.1", port)
+        async with client_of(f"127.0.0.1:{port}") as client:
+            await client.get_model(wait_for_ready=True)
+        relay.close()
 
 
 async def test_call_carries_id_credential_and_shorter_deadline_to_the_next_service(tmp_path: Path) -> None:
