@@ -114,6 +114,8 @@ class Broker:
         async with self._opening:
             if self._publishing is None or self._publishing.is_closed:
                 self._exchanges.clear()
+                if self._connection is not None:
+                    await _close(self._connection)
                 self._connection = await self._connect()
                 self._publishing = await self._connection.channel(publisher_confirms=True, on_return_raises=True)
                 await self._declare(self._publishing)
@@ -121,7 +123,7 @@ class Broker:
 
     async def _drop(self, channel: AbstractChannel | None) -> None:
         """Forget a channel that failed, so that the next call makes a new connection."""
-        if channel is None or channel is self._publishing:
+        if channel is not None and channel is self._publishing:
             connection, self._connection, self._publishing = self._connection, None, None
             if connection is not None:
                 await _close(connection)

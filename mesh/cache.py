@@ -26,7 +26,9 @@ class Cache:
     def __init__(self, url: str, clock: Clock, *, timeout_s: float = _TIMEOUT_S) -> None:
         self._redis = Redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=None)
         # A subscriber waits for messages, not for answers.
-        self._listener = Redis.from_url(url, socket_connect_timeout=1.0, health_check_interval=10, retry=None)
+        self._listener = Redis.from_url(
+            url, socket_connect_timeout=1.0, socket_keepalive=True, health_check_interval=10, retry=None
+        )
         self._clock = clock
         self._failures = 0
         self._closed_at = float("-inf")

@@ -1,5 +1,6 @@
 """A gRPC server with health, reflection and a drain; it never knows what it serves."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -11,6 +12,9 @@ from grpc_health.v1.health import SERVICE_NAME as HEALTH_NAME
 from grpc_reflection.v1alpha import reflection
 
 MESSAGE_BYTES = 8 << 20
+
+# From "not serving" to the end of listening.
+_FAREWELL_S = 0.3
 
 _OPTIONS = [
     # Two servers on one address would share its calls at random, and nobody would notice.
@@ -84,4 +88,6 @@ class GrpcServer:
     async def stop(self) -> None:
         """Send new calls elsewhere, let running ones end within the drain, then end them."""
         await self.set_serving(False)
+        # gRPC cancels what arrives while it shuts down; channels that watch the health have gone elsewhere by then.
+        await asyncio.sleep(min(_FAREWELL_S, self._drain_s))
         await self._server.stop(self._drain_s)

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 from deploy.local import processes
 from deploy.local.errors import LocalError
@@ -273,19 +273,22 @@ class Supervisor:
 
     async def _end_leftovers(self) -> None:
         """Ends what a supervisor that was killed left in this state folder."""
-        ends = []
-        for pid_file in self._pid_file("any").parent.glob("*.json"):
-            with contextlib.suppress(ValueError):
-                left = json.loads(pid_file.read_text())
-                leader = Process(left["pid"], left["started"])
-                family = processes.family(leader.pid)
-                if not processes.lives(leader):
-                    # Its id may be another's by now: only what bears this folder's mark is ours.
-                    mark = f"{MARKER}={self._state.root}"
-                    family = {process for process in family if mark in processes.environment(process)}
-                ends.append(_end_family(leader, family, signal.Signals(left["stop_signal"]), left["stop_limit_s"]))
+        pid_files = list(self._pid_file("any").parent.glob("*.json"))
+        await asyncio.gather(*(self._end_leftover(json.loads(pid_file.read_text())) for pid_file in pid_files))
+        # Only now: should ending them be broken off, the next start tries again.
+        for pid_file in pid_files:
             pid_file.unlink()
-        await asyncio.gather(*ends)
+
+    async def _end_leftover(self, record: dict[str, Any]) -> None:
+        leader = Process(record["pid"], record["started"])
+        family = processes.family(leader.pid)
+        if not processes.lives(leader):
+            # Its id may be another's by now: only what bears this folder's mark is ours.
+            mark = f"{MARKER}={self._state.root}"
+            family = {process for process in family if mark in processes.environment(process)}
+        first, limit_s = signal.Signals(record["stop_signal"]), record["stop_limit_s"]
+        await processes.end({leader} & family, first=first, limit_s=limit_s)
+        await processes.end(family, first=signal.SIGTERM, limit_s=1.0)
 
 
 async def run_to_end(
@@ -353,11 +356,6 @@ async def _end(pid: int, ended: asyncio.Task[int], first: signal.Signals, limit_
         _signal_group(pid, signal.SIGKILL)
         await ended
     await processes.end(family | processes.family(pid), first=signal.SIGTERM, limit_s=1.0)
-
-
-async def _end_family(leader: Process, family: set[Process], first: signal.Signals, limit_s: float) -> None:
-    await processes.end({leader} & family, first=first, limit_s=limit_s)
-    await processes.end(family, first=signal.SIGTERM, limit_s=1.0)
 
 
 def _signal_group(pid: int, number: signal.Signals) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from urllib.parse import urlsplit
@@ -16,7 +16,7 @@ from analytics.consumer import QUEUE, Consumer
 from analytics.events import UnacceptableEvent
 from analytics.freshness import Marks
 from analytics.store import UsageStore
-from mesh.broker import Broker
+from mesh.broker import Broker, Handler
 from mesh.database import Database
 from tests.doubles.clock import ManualClock
 from tests.doubles.tcp_gate import TcpGate
@@ -28,8 +28,6 @@ BATCH = 100
 TOTALS = (
     "SELECT coalesce(sum(requests), 0)::bigint AS requests, sum(cost_micros)::bigint AS cost_micros FROM usage_hourly"
 )
-
-Handler = Callable[[Sequence[bytes]], Awaitable[None]]
 
 
 @asynccontextmanager
@@ -174,9 +172,10 @@ async def test_crash_between_commit_and_acknowledgement_changes_nothing(
 async def test_crash_before_commit_loses_nothing(broker: Broker, store: UsageStore, database: Database) -> None:
     taken = asyncio.Event()
 
-    async def die(bodies: Sequence[bytes]) -> None:
+    async def die(bodies: Sequence[bytes]) -> set[int]:
         taken.set()
         await asyncio.Event().wait()
+        return set()
 
     await publish(broker, usage_event())
     async with consuming(broker, die):
@@ -196,10 +195,10 @@ async def test_postgres_away_loses_nothing_and_kills_no_event(
         tries = 0
         consumer = Consumer(UsageStore(gated), CLOCK)
 
-        async def take(bodies: Sequence[bytes]) -> None:
+        async def take(bodies: Sequence[bytes]) -> set[int]:
             nonlocal tries
             tries += 1
-            await consumer.take(bodies)
+            return await consumer.take(bodies)
 
         async with consuming(broker, take):
             await publish(broker, usage_event("req_before"))

@@ -303,8 +303,9 @@ async def test_each_request_is_one_event_in_the_queue(
 ) -> None:
     events: list[UsageEvent] = []
 
-    async def take(bodies: Sequence[bytes]) -> None:
+    async def take(bodies: Sequence[bytes]) -> tuple[int, ...]:
         events.extend(map(UsageEvent.FromString, bodies))
+        return ()
 
     consumer = asyncio.create_task(Broker(amqp_url, QUEUE).consume(QUEUE, take, batch_size=10, wait_s=0.05))
     async with running(replace(config, amqp_url=amqp_url), identity) as router, ScriptedBackend() as engine:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import datetime, timedelta
+from random import Random
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from opentelemetry.sdk.trace import TracerProvider
 
 from mesh import api_key, context
 from mesh.telemetry import configure_logging, configure_tracing, redact
+from tests.doubles.clock import ManualClock
 
-KEY = api_key.generate().text
+# The same in every worker, as it is part of tests' names.
+KEY = api_key.generate(Random(7), clock=ManualClock()).text
 SECRET = KEY.rpartition("_")[2]
 logger = logging.getLogger("tests.telemetry")
 
