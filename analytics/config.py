@@ -15,9 +15,7 @@ class AnalyticsConfig:
     database_url: str = setting(
         "AIAAS_ANALYTICS_DATABASE_URL", "postgresql://... of the database of usage events and their sums", secret=True
     )
-    redis_url: str = setting(
-        "AIAAS_ANALYTICS_REDIS_URL", "redis://... for freshness; nothing is kept there yet", default="", secret=True
-    )
+    redis_url: str = setting("AIAAS_ANALYTICS_REDIS_URL", "redis://... that revocations are announced on", secret=True)
     amqp_url: str = setting("AIAAS_ANALYTICS_AMQP_URL", "amqp://... that usage events are taken from", secret=True)
     identity_target: str = setting(
         "AIAAS_ANALYTICS_IDENTITY_TARGET", "gRPC target of identity, which judges credentials"

@@ -20,9 +20,6 @@ from mesh.clock import Clock
 
 logger = logging.getLogger(__name__)
 
-QUEUE = Queue("analytics.usage.v1", exchange="usage", routing_key="usage.v1")
-"""Where the usage events of all routers arrive."""
-
 _WAIT_S = 0.1
 
 

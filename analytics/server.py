@@ -8,19 +8,22 @@ from aiaas.analytics.v1 import usage_service_pb2, usage_service_pb2_grpc
 from aiaas.identity.v1 import auth_service_pb2, auth_service_pb2_grpc
 from analytics import metrics
 from analytics.config import AnalyticsConfig
-from analytics.consumer import QUEUE, Consumer
+from analytics.consumer import Consumer
 from analytics.freshness import Marks
 from analytics.partitions import keep_partitions
 from analytics.store import UsageStore
 from analytics.usage_service import UsageService
 from mesh.auth import CachedAuthenticator, RemoteAuthenticator
 from mesh.broker import Broker
+from mesh.cache import Cache
 from mesh.channel import connect
 from mesh.clock import SystemClock
 from mesh.database import Database
 from mesh.interceptors import chain
 from mesh.ops import OpsServer
+from mesh.revocations import listen
 from mesh.server import GrpcServer
+from mesh.topology import USAGE
 
 
 async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
@@ -33,7 +36,9 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
     async with contextlib.AsyncExitStack() as resources:
         database = Database(config.database_url)
         resources.push_async_callback(database.close)
-        broker = Broker(config.amqp_url, QUEUE)
+        redis = Cache(config.redis_url, clock)
+        resources.push_async_callback(redis.close)
+        broker = Broker(config.amqp_url, USAGE)
         resources.push_async_callback(broker.close)
         identity = await resources.enter_async_context(
             connect(config.identity_target, auth_service_pb2.DESCRIPTOR.services_by_name["AuthService"])
@@ -45,7 +50,7 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
 
         store = UsageStore(database)
         consumer = Consumer(store, clock)
-        marks = Marks(broker, QUEUE.name, store, clock)
+        marks = Marks(broker, USAGE.name, store, clock)
         metrics.LAG_SECONDS.set_function(marks.lag_s)
         usage_service = UsageService(store, clock)  # type: ignore[abstract]  # ExplainCharge comes later
         grpc_server = GrpcServer(
@@ -67,8 +72,9 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
         async with asyncio.TaskGroup() as tasks:
             background = [
                 tasks.create_task(keep_partitions(store, clock), name="partitions"),
-                tasks.create_task(consumer.run(broker, QUEUE, config.batch_size), name="consumer"),
+                tasks.create_task(consumer.run(broker, USAGE, config.batch_size), name="consumer"),
                 tasks.create_task(marks.run(), name="marks"),
+                tasks.create_task(listen(redis, authenticator), name="revocations"),
             ]
             await ops_server.start()
             try:

@@ -11,7 +11,7 @@ import zoneinfo
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -19,7 +19,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from aiaas.analytics.v1 import usage_service_pb2
 from aiaas.analytics.v1.usage_service_pb2 import UsageDimension, UsageInterval
 from aiaas.type.v1.usage_event_pb2 import Endpoint, Outcome
-from analytics import pages
+from mesh import pages
 from mesh.errors import PlatformError, Reason
 
 RANGE = timedelta(days=400)
@@ -27,16 +27,12 @@ RANGE = timedelta(days=400)
 
 BUCKETS = 1000
 BUCKETS_MOST = 10_000
-RECORDS = 50
-RECORDS_MOST = 500
 
 _RECORDS_SINCE = timedelta(hours=24)
 _HOUR = timedelta(hours=1)
 _DAY = timedelta(days=1)
 # Beyond these, arithmetic in zones leaves the calendar.
 _YEARS = range(1970, 9999)
-
-_Moment = Annotated[datetime, msgspec.Meta(tz=True)]
 
 _INTERVALS = frozenset(UsageInterval.values())
 _DIMENSIONS = frozenset(UsageDimension.values()) - {UsageDimension.USAGE_DIMENSION_UNSPECIFIED}
@@ -61,15 +57,15 @@ class BucketPlace(msgspec.Struct, frozen=True, array_like=True):
     """A place in the order of buckets: the bucket's number, counted from 1, and the values of its group."""
 
     bucket: int
-    group: tuple[str, ...]
+    group: tuple[pages.Text, ...]
 
 
 class RecordPlace(msgspec.Struct, frozen=True, array_like=True):
     """A place in the order of records. `start_time` is where the range began when the first page was asked for."""
 
-    start_time: _Moment
-    admit_time: _Moment
-    request_id: str
+    start_time: pages.Moment
+    admit_time: pages.Moment
+    request_id: pages.Text
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +147,7 @@ def read_usage_query(request: usage_service_pb2.QueryUsageRequest, now: datetime
         group_by=group_by,
         filter=_filter(request.filter),
         page_size=pages.read_page_size(request.page_size, BUCKETS, BUCKETS_MOST),
-        after=after and BucketPlace(after.bucket, _texts(after.group, "page_token")),
+        after=after,
     )
 
 
@@ -170,8 +166,8 @@ def read_record_query(request: usage_service_pb2.ListUsageRecordsRequest, now: d
         end_time=end,
         filter=_filter(request.filter),
         request_id=_text(request.request_id, "request_id"),
-        page_size=pages.read_page_size(request.page_size, RECORDS, RECORDS_MOST),
-        after=after and RecordPlace(start, after.admit_time, _text(after.request_id, "page_token")),
+        page_size=pages.read_page_size(request.page_size),
+        after=after,
     )
 
 

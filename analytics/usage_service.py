@@ -9,11 +9,11 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from aiaas.analytics.v1 import usage_service_pb2, usage_service_pb2_grpc
 from aiaas.analytics.v1.usage_service_pb2 import UsageDimension, UsageTotals
 from aiaas.type.v1.usage_event_pb2 import Endpoint, Outcome, UsageEvent
-from analytics import pages
 from analytics.freshness import Freshness
 from analytics.store import UsageStore
 from analytics.usage import Bucket, Record, RecordPlace, UsageQuery, read_record_query, read_usage_query
 from mesh.clock import Clock
+from mesh.pages import cut
 
 # Dimensions whose values are numbers of an enum, and the names of these.
 _NAMES: dict[UsageDimension.ValueType, dict[str, str]] = {
@@ -36,10 +36,7 @@ class UsageService(usage_service_pb2_grpc.UsageServiceServicer):
         query = read_usage_query(request, self._clock.now())
         freshness = await self._freshness()
         buckets, totals = await self._store.query_usage(query)
-        messages = pages.cut(buckets, query.page_size, _bucket_message(query))
-        token = ""
-        if len(messages) < len(buckets):
-            token = pages.write_token(request, buckets[len(messages) - 1].place)
+        messages, token = cut(request, buckets, query.page_size, _bucket_message(query), lambda bucket: bucket.place)
         return usage_service_pb2.QueryUsageResponse(
             buckets=messages,
             totals=UsageTotals(**totals._asdict()),
@@ -54,11 +51,13 @@ class UsageService(usage_service_pb2_grpc.UsageServiceServicer):
         query = read_record_query(request, self._clock.now())
         freshness = await self._freshness()
         records = await self._store.list_records(query)
-        messages = pages.cut(records, query.page_size, _record_message)
-        token = ""
-        if len(messages) < len(records):
-            last = records[len(messages) - 1]
-            token = pages.write_token(request, RecordPlace(query.start_time, last.admit_time, last.request_id))
+        messages, token = cut(
+            request,
+            records,
+            query.page_size,
+            _record_message,
+            lambda record: RecordPlace(query.start_time, record.admit_time, record.request_id),
+        )
         return usage_service_pb2.ListUsageRecordsResponse(records=messages, freshness=freshness, next_page_token=token)
 
     async def _freshness(self) -> usage_service_pb2.Freshness:

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import uvicorn
-from mesh.channel import connect
 
 from edge.app import build_app
 from edge.config import EdgeConfig
 from edge.exchange import Limits
 from edge.peers import Peers, linked_services, services_of
 from edge.protocol import ConnectionLimits, EdgeProtocol
+from mesh.channel import connect
 
 logger = logging.getLogger(__name__)
 

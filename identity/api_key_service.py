@@ -7,11 +7,11 @@ from aiaas.identity.v1 import api_key_service_pb2_grpc
 from identity.api_keys import CHANGEABLE, ApiKey, ApiKeys, ApiKeyState
 from identity.conversions import from_timestamp, to_timestamp
 from identity.fields import check_filter, check_id, invalid
-from identity.pages import read_page
 from identity.principals import caller
 from identity.updates import etag_of, fields_to_change
 from mesh.auth import RateLimits
 from mesh.clock import Clock
+from mesh.pages import TimePlace, cut, read_page_size, read_token
 
 _STATES = {
     pb.API_KEY_STATE_ACTIVE: ApiKeyState.ACTIVE,
@@ -48,16 +48,18 @@ class ApiKeyService(api_key_service_pb2_grpc.ApiKeyServiceServicer):
         user_id = check_filter(request.user_id, "user_id")
         if request.state and request.state not in _STATES:
             raise invalid("state", "is unknown")
-        list_name = ("api_keys", organization_id, str(request.state), service_account_id, user_id)
-        rows, next_page_token = await self._api_keys.list(
+        size, after = read_page_size(request.page_size), read_token(request, TimePlace)
+        rows = await self._api_keys.list(
             caller(),
             organization_id,
-            read_page(request.page_size, request.page_token, *list_name),
+            after,
+            size + 1,
             state=_STATES.get(request.state),
             service_account_id=service_account_id,
             user_id=user_id,
         )
-        return pb.ListApiKeysResponse(api_keys=map(self._to_proto, rows), next_page_token=next_page_token)
+        keys, token = cut(request, rows, size, self._to_proto, lambda row: TimePlace(row.create_time, row.api_key_id))
+        return pb.ListApiKeysResponse(api_keys=keys, next_page_token=token)
 
     async def UpdateApiKey(self, request: pb.UpdateApiKeyRequest, context: object) -> pb.UpdateApiKeyResponse:
         """Change a key."""

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 from identity import fields, roles
 from identity.organizations import existing
-from identity.pages import Cursor, Page
 from identity.updates import check_etag
 from mesh import api_key
 from mesh.auth import Principal, RateLimits
 from mesh.clock import Clock
 from mesh.errors import PlatformError, Reason
+from mesh.pages import TimePlace
 
 if TYPE_CHECKING:
     from identity.stores import Store, Transaction
@@ -130,13 +130,14 @@ class ApiKeys:
         self,
         caller: Principal,
         organization_id: str,
-        page: Page,
+        after: TimePlace | None,
+        limit: int,
         *,
         state: ApiKeyState | None,
         service_account_id: str,
         user_id: str,
-    ) -> tuple[list[ApiKey], str]:
-        """A page of the keys that the caller may see, and the next page's token."""
+    ) -> list[ApiKey]:
+        """Up to `limit` keys that come after `after` and that the caller may see."""
         async with self._store.transaction() as stored:
             await existing(stored, organization_id)
             own = await self._only_own(stored, caller, organization_id)
@@ -144,17 +145,16 @@ class ApiKeys:
                 own.service_account_id,
                 own.user_id,
             ):
-                return [], ""
-            rows = await stored.api_keys.page(
+                return []
+            return await stored.api_keys.page(
                 organization_id,
-                page.after,
-                page.limit,
+                after,
+                limit,
                 state=state,
                 now=self._clock.now(),
                 service_account_id=own.service_account_id if own else service_account_id,
                 user_id=own.user_id if own else user_id,
             )
-        return page.cut(rows, lambda row: Cursor(row.create_time, row.api_key_id))
 
     async def update(self, caller: Principal, wanted: ApiKey, changed: Collection[str], etag: str) -> ApiKey:
         """Change the fields `changed` of a key to the values of `wanted`.

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from identity import fields
 from identity.organizations import existing
-from identity.pages import Cursor, Page
 from identity.roles import BUILT_IN, PLATFORM_ADMIN, PROTECTED, TENANT_PERMISSIONS, Role, is_known_in
 from identity.updates import check_etag
 from mesh.auth import Principal
 from mesh.clock import Clock
 from mesh.errors import PlatformError, Reason
 from mesh.ids import new_id
+from mesh.pages import TimePlace
 
 if TYPE_CHECKING:
     from identity.stores import Store, Transaction
@@ -60,17 +60,16 @@ class Roles:
                 return BUILT_IN[role_id]
             return await self._custom(stored, organization_id, role_id)
 
-    async def list(self, organization_id: str, page: Page) -> tuple[list[Role], str]:
-        """A page of roles, built-in ones first, and the next page's token."""
+    async def list(self, organization_id: str, after: TimePlace | None) -> list[Role]:
+        """The roles that come after `after`, built-in ones first."""
         async with self._store.transaction() as stored:
             await existing(stored, organization_id)
             custom = await stored.roles.all(organization_id)
         known = [*(role for role in BUILT_IN.values() if is_known_in(role.role_id, organization_id)), *custom]
-        after = page.after
-        if after is not None:
-            last = (after.id not in BUILT_IN, after.id)
-            known = [role for role in known if (not role.built_in, role.role_id) > last]
-        return page.cut(known, lambda role: Cursor(role.create_time, role.role_id))
+        if after is None:
+            return known
+        last = (after.id not in BUILT_IN, after.id)
+        return [role for role in known if (not role.built_in, role.role_id) > last]
 
     async def update(
         self, caller: Principal, organization_id: str, role_id: str, wanted: Role, changed: Collection[str], etag: str
@@ -85,7 +84,8 @@ class Roles:
             if new == current:
                 return current
             if new.permissions != current.permissions:
-                await stored.revoke("role_id", role_id)
+                # A cache does not know who holds a role, but it knows whose organization this is.
+                await stored.revoke("organization_id", organization_id)
             return await stored.roles.change(replace(new, update_time=self._clock.now()))
 
     async def delete(self, organization_id: str, role_id: str) -> None:

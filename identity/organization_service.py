@@ -5,10 +5,10 @@ from aiaas.identity.v1 import organization_service_pb2_grpc
 from identity.conversions import to_timestamp
 from identity.fields import check_id, invalid
 from identity.organizations import CHANGEABLE, Organization, Organizations, OrganizationState
-from identity.pages import read_page
 from identity.principals import caller
 from identity.updates import etag_of, fields_to_change
 from mesh.auth import RateLimits
+from mesh.pages import TimePlace, cut, read_page_size, read_token
 
 _STATES = {
     pb.ORGANIZATION_STATE_ACTIVE: OrganizationState.ACTIVE,
@@ -43,9 +43,12 @@ class OrganizationService(organization_service_pb2_grpc.OrganizationServiceServi
         """List the organizations that the caller may see."""
         if request.state and request.state not in _STATES:
             raise invalid("state", "is unknown")
-        page = read_page(request.page_size, request.page_token, "organizations", str(request.state))
-        rows, next_page_token = await self._organizations.list(caller(), page, _STATES.get(request.state))
-        return pb.ListOrganizationsResponse(organizations=map(_to_proto, rows), next_page_token=next_page_token)
+        size, after = read_page_size(request.page_size), read_token(request, TimePlace)
+        rows = await self._organizations.list(caller(), after, size + 1, _STATES.get(request.state))
+        organizations, token = cut(
+            request, rows, size, _to_proto, lambda row: TimePlace(row.create_time, row.organization_id)
+        )
+        return pb.ListOrganizationsResponse(organizations=organizations, next_page_token=token)
 
     async def UpdateOrganization(
         self, request: pb.UpdateOrganizationRequest, context: object

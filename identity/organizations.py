@@ -9,13 +9,13 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from identity import fields
-from identity.pages import Cursor, Page
 from identity.roles import PLATFORM_ORGANIZATION_ID
 from identity.updates import check_etag
 from mesh.auth import Principal, RateLimits
 from mesh.clock import Clock
 from mesh.errors import PlatformError, Reason
 from mesh.ids import new_id
+from mesh.pages import TimePlace
 
 if TYPE_CHECKING:
     from identity.stores import Store, Transaction
@@ -77,13 +77,12 @@ class Organizations:
             return await existing(stored, organization_id)
 
     async def list(
-        self, caller: Principal, page: Page, state: OrganizationState | None
-    ) -> tuple[list[Organization], str]:
-        """A page of the organizations that the caller may see, and the next page's token."""
+        self, caller: Principal, after: TimePlace | None, limit: int, state: OrganizationState | None
+    ) -> list[Organization]:
+        """Up to `limit` organizations that come after `after` and that the caller may see."""
         only = None if caller.platform else caller.organization_id
         async with self._store.transaction() as stored:
-            rows = await stored.organizations.page(page.after, page.limit, state, only)
-        return page.cut(rows, lambda row: Cursor(row.create_time, row.organization_id))
+            return await stored.organizations.page(after, limit, state, only)
 
     async def update(
         self, caller: Principal, organization_id: str, wanted: Organization, changed: Collection[str], etag: str

@@ -12,16 +12,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from aiaas.identity.v1 import auth_service_pb2
+from mesh import revocations
 from mesh.cache import Cache
 from mesh.clock import Clock
 from mesh.errors import PlatformError
 
 logger = logging.getLogger(__name__)
 
-CHANNEL = "aiaas.revocations"
-"""The Redis channel; each message is an aiaas.identity.v1.WatchRevocationsResponse."""
-
-Subject = Literal["api_key_id", "user_id", "service_account_id", "organization_id", "role_id"]
+Subject = Literal["api_key_id", "user_id", "service_account_id", "organization_id"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +48,7 @@ class Announcer:
         if self._cache is None:
             return
         try:
-            await self._cache.publish(CHANNEL, revocation.to_proto().SerializeToString())
+            await revocations.publish(self._cache, revocation.to_proto())
         except PlatformError as error:
             logger.warning(
                 "a revocation was not announced: %s",

@@ -5,10 +5,10 @@ from aiaas.identity.v1 import role_service_pb2_grpc
 from identity.conversions import to_timestamp
 from identity.custom_roles import CHANGEABLE, Roles
 from identity.fields import check_id, check_once
-from identity.pages import read_page
 from identity.principals import caller
 from identity.roles import Role
 from identity.updates import etag_of, fields_to_change
+from mesh.pages import TimePlace, cut, read_page_size, read_token
 
 
 class RoleService(role_service_pb2_grpc.RoleServiceServicer):
@@ -33,9 +33,10 @@ class RoleService(role_service_pb2_grpc.RoleServiceServicer):
     async def ListRoles(self, request: pb.ListRolesRequest, context: object) -> pb.ListRolesResponse:
         """List built-in roles, then custom ones."""
         organization_id = check_id(request.organization_id, "organization_id")
-        page = read_page(request.page_size, request.page_token, "roles", organization_id)
-        rows, next_page_token = await self._roles.list(organization_id, page)
-        return pb.ListRolesResponse(roles=map(_to_proto, rows), next_page_token=next_page_token)
+        size, after = read_page_size(request.page_size), read_token(request, TimePlace)
+        rows = await self._roles.list(organization_id, after)
+        roles, token = cut(request, rows, size, _to_proto, lambda row: TimePlace(row.create_time, row.role_id))
+        return pb.ListRolesResponse(roles=roles, next_page_token=token)
 
     async def UpdateRole(self, request: pb.UpdateRoleRequest, context: object) -> pb.UpdateRoleResponse:
         """Change a custom role."""

@@ -4,10 +4,10 @@ from aiaas.identity.v1 import service_account_service_pb2 as pb
 from aiaas.identity.v1 import service_account_service_pb2_grpc
 from identity.conversions import to_timestamp
 from identity.fields import check_id
-from identity.pages import read_page
 from identity.principals import caller
 from identity.service_accounts import CHANGEABLE, ServiceAccount, ServiceAccounts
 from identity.updates import etag_of, fields_to_change
+from mesh.pages import TimePlace, cut, read_page_size, read_token
 
 
 class ServiceAccountService(service_account_service_pb2_grpc.ServiceAccountServiceServicer):
@@ -39,9 +39,12 @@ class ServiceAccountService(service_account_service_pb2_grpc.ServiceAccountServi
     ) -> pb.ListServiceAccountsResponse:
         """List service accounts."""
         organization_id = check_id(request.organization_id, "organization_id")
-        page = read_page(request.page_size, request.page_token, "service_accounts", organization_id)
-        rows, next_page_token = await self._service_accounts.list(organization_id, page)
-        return pb.ListServiceAccountsResponse(service_accounts=map(_to_proto, rows), next_page_token=next_page_token)
+        size, after = read_page_size(request.page_size), read_token(request, TimePlace)
+        rows = await self._service_accounts.list(organization_id, after, size + 1)
+        accounts, token = cut(
+            request, rows, size, _to_proto, lambda row: TimePlace(row.create_time, row.service_account_id)
+        )
+        return pb.ListServiceAccountsResponse(service_accounts=accounts, next_page_token=token)
 
     async def UpdateServiceAccount(
         self, request: pb.UpdateServiceAccountRequest, context: object

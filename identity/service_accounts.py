@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from identity import fields
 from identity.custom_roles import check_assignment
 from identity.organizations import existing
-from identity.pages import Cursor, Page
 from identity.updates import check_etag
 from mesh.auth import Principal
 from mesh.clock import Clock
 from mesh.errors import PlatformError, Reason
 from mesh.ids import new_id
+from mesh.pages import TimePlace
 
 if TYPE_CHECKING:
     from identity.stores import Store, Transaction
@@ -74,12 +74,11 @@ class ServiceAccounts:
         async with self._store.transaction() as stored:
             return await account(stored, organization_id, service_account_id)
 
-    async def list(self, organization_id: str, page: Page) -> tuple[list[ServiceAccount], str]:
-        """A page of service accounts, and the next page's token."""
+    async def list(self, organization_id: str, after: TimePlace | None, limit: int) -> list[ServiceAccount]:
+        """Up to `limit` service accounts that come after `after`."""
         async with self._store.transaction() as stored:
             await existing(stored, organization_id)
-            rows = await stored.service_accounts.page(organization_id, page.after, page.limit)
-        return page.cut(rows, lambda row: Cursor(row.create_time, row.service_account_id))
+            return await stored.service_accounts.page(organization_id, after, limit)
 
     async def update(
         self, caller: Principal, wanted: ServiceAccount, changed: Collection[str], etag: str

@@ -4,10 +4,10 @@ from aiaas.identity.v1 import user_service_pb2 as pb
 from aiaas.identity.v1 import user_service_pb2_grpc
 from identity.conversions import to_timestamp
 from identity.fields import check_email, check_filter, check_id
-from identity.pages import read_page
 from identity.principals import caller
 from identity.updates import etag_of, fields_to_change
 from identity.users import CHANGEABLE, User, Users, UserState
+from mesh.pages import TimePlace, cut, read_page_size, read_token
 
 _STATE_NUMBERS = {UserState.ACTIVE: pb.USER_STATE_ACTIVE, UserState.SUSPENDED: pb.USER_STATE_SUSPENDED}
 
@@ -37,11 +37,10 @@ class UserService(user_service_pb2_grpc.UserServiceServicer):
         role_id = check_filter(request.role_id, "role_id")
         if request.email:
             check_email(request.email, "email")
-        page = read_page(
-            request.page_size, request.page_token, "users", organization_id, request.email, request.role_id
-        )
-        rows, next_page_token = await self._users.list(organization_id, page, email=request.email, role_id=role_id)
-        return pb.ListUsersResponse(users=map(_to_proto, rows), next_page_token=next_page_token)
+        size, after = read_page_size(request.page_size), read_token(request, TimePlace)
+        rows = await self._users.list(organization_id, after, size + 1, email=request.email, role_id=role_id)
+        users, token = cut(request, rows, size, _to_proto, lambda row: TimePlace(row.create_time, row.user_id))
+        return pb.ListUsersResponse(users=users, next_page_token=token)
 
     async def UpdateUser(self, request: pb.UpdateUserRequest, context: object) -> pb.UpdateUserResponse:
         """Change a member."""

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 from identity import fields
 from identity.custom_roles import check_assignment
 from identity.organizations import existing
-from identity.pages import Cursor, Page
 from identity.roles import OWNER
 from identity.updates import check_etag
 from mesh.auth import Principal
 from mesh.clock import Clock
 from mesh.errors import PlatformError, Reason
 from mesh.ids import new_id
+from mesh.pages import TimePlace
 
 if TYPE_CHECKING:
     from identity.stores import Store, Transaction
@@ -90,12 +90,13 @@ class Users:
         async with self._store.transaction() as stored:
             return await self._member(stored, organization_id, user_id)
 
-    async def list(self, organization_id: str, page: Page, *, email: str, role_id: str) -> tuple[list[User], str]:
-        """A page of members, only those with this address and this role where given, and the next page's token."""
+    async def list(
+        self, organization_id: str, after: TimePlace | None, limit: int, *, email: str, role_id: str
+    ) -> list[User]:
+        """Up to `limit` members who come after `after`, only those with this address and this role where given."""
         async with self._store.transaction() as stored:
             await existing(stored, organization_id)
-            rows = await stored.users.page(organization_id, page.after, page.limit, email, role_id)
-        return page.cut(rows, lambda row: Cursor(row.create_time, row.user_id))
+            return await stored.users.page(organization_id, after, limit, email, role_id)
 
     async def update(self, caller: Principal, wanted: User, changed: Collection[str], etag: str) -> User:
         """Change the fields `changed` of a member to the values of `wanted`.

@@ -41,6 +41,9 @@ _AWAY_S = 1.0
 # What a refusal by the source means: the credential was judged. Every other failure says nothing about it.
 _VERDICTS = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 
+# What a revocation can name that a principal holds, by the same name in both.
+_SUBJECTS = ("api_key_id", "user_id", "service_account_id", "organization_id")
+
 _KINDS = {
     principal_pb2.PRINCIPAL_KIND_USER: "user",
     principal_pb2.PRINCIPAL_KIND_SERVICE_ACCOUNT: "service_account",
@@ -206,7 +209,7 @@ class RemoteAuthenticator:
         return Principal.from_proto(response.principal)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Entry:
     principal: Principal
     expires_at: float  # monotonic seconds
@@ -242,7 +245,7 @@ class CachedAuthenticator:
         self._max_entries = max_entries
         self._timeout_s = timeout_s
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
-        self._digests: dict[str, bytes] = {}  # by API key id
+        self._digests: dict[str, set[bytes]] = {}  # by API key id; two while a rotated key's old text is accepted
         self._refusals: OrderedDict[bytes, tuple[PlatformError, float]] = OrderedDict()
         self._flights: dict[bytes, asyncio.Task[Principal | PlatformError]] = {}
         self._tasks: set[asyncio.Task[Principal | PlatformError]] = set()
@@ -275,17 +278,38 @@ class CachedAuthenticator:
         outcome = await self._look_up(digest, credential)
         if isinstance(outcome, Principal):
             return self._current(outcome, "source")
-        if outcome.reason is Reason.AUTH_UNAVAILABLE and stale is not None and digest in self._entries:
-            return self._current(stale.principal, "stale")
+        kept = self._entries.get(digest)
+        if outcome.reason is Reason.AUTH_UNAVAILABLE and stale is not None and kept is not None:
+            return self._current(kept.principal, "stale")
         raise _again(outcome)
 
-    def invalidate(self, api_key_id: str) -> None:
-        """Forget an API key at once; a look-up that is under way is neither joined nor remembered any more."""
-        self._invalidations += 1
-        self._flights.clear()
-        digest = self._digests.pop(api_key_id, None)
-        if digest is not None:
-            self._entries.pop(digest, None)
+    def invalidate(self, revocation: auth_service_pb2.WatchRevocationsResponse) -> None:
+        """Forget at once the principals that a revocation concerns, and no others; all refusals go as well.
+
+        Whom a role concerns, or a subject that is not known here, cannot be told: then everything expires. A look-up
+        that is under way is neither joined nor remembered any more.
+        """
+        subject = revocation.WhichOneof("subject")
+        if subject not in _SUBJECTS:
+            self.expire_all()
+            return
+        self._doubt()
+        subject_id = getattr(revocation, subject)
+        if subject == "api_key_id":
+            concerned = list(self._digests.get(subject_id, ()))
+        else:
+            concerned = [
+                digest for digest, entry in self._entries.items() if getattr(entry.principal, subject) == subject_id
+            ]
+        for digest in concerned:
+            self._forget(digest)
+
+    def expire_all(self) -> None:
+        """Ask again for every credential when it comes next; while identity is away, what is known serves as stale."""
+        self._doubt()
+        now = self._clock.monotonic()
+        for entry in self._entries.values():
+            entry.expires_at = min(entry.expires_at, now)
 
     async def close(self) -> None:
         """End the look-ups that are still under way."""
@@ -293,6 +317,12 @@ class CachedAuthenticator:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _doubt(self) -> None:
+        """Keep nothing of what was asked before now; a refusal does not tell whom it concerned, so all of them go."""
+        self._invalidations += 1
+        self._flights.clear()
+        self._refusals.clear()
 
     def _current(self, principal: Principal, source: str) -> Principal:
         if principal.expire_time is not None and principal.expire_time <= self._clock.now():
@@ -325,6 +355,8 @@ class CachedAuthenticator:
         finally:
             if self._flights.get(digest) is asyncio.current_task():
                 del self._flights[digest]
+        if isinstance(outcome, PlatformError) and outcome.reason is not Reason.AUTH_UNAVAILABLE:
+            self._forget(digest)
         if invalidations == self._invalidations:
             self._remember(digest, outcome)
         return outcome
@@ -341,25 +373,28 @@ class CachedAuthenticator:
         now = self._clock.monotonic()
         if isinstance(outcome, PlatformError):
             if outcome.reason is not Reason.AUTH_UNAVAILABLE:
-                self._forget(digest)
                 self._refusals[digest] = (outcome, now + self._negative_ttl_s)
                 if len(self._refusals) > min(_REFUSALS, self._max_entries):
                     self._refusals.popitem(last=False)
             return
         self._away_until = float("-inf")
         self._refusals.pop(digest, None)
+        self._forget(digest)
         # Jitter only shortens: a revocation whose push was lost must not outlive the TTL.
         expires_at = now + self._ttl_s * self._random.uniform(0.8, 1.0)
         self._entries[digest] = _Entry(outcome, expires_at)
-        self._entries.move_to_end(digest)
         if outcome.api_key_id:
-            self._digests[outcome.api_key_id] = digest
+            self._digests.setdefault(outcome.api_key_id, set()).add(digest)
         if len(self._entries) > self._max_entries:
             self._forget(next(iter(self._entries)))
 
     def _forget(self, digest: bytes) -> None:
         entry = self._entries.pop(digest, None)
-        if entry is not None and self._digests.get(entry.principal.api_key_id) == digest:
+        if entry is None or not entry.principal.api_key_id:
+            return
+        digests = self._digests[entry.principal.api_key_id]
+        digests.remove(digest)
+        if not digests:
             del self._digests[entry.principal.api_key_id]
 
 

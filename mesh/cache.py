@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from mesh.clock import Clock
@@ -15,6 +16,7 @@ from mesh.errors import PlatformError, Reason
 T = TypeVar("T")
 
 _TIMEOUT_S = 0.05
+_SUBSCRIBE_TIMEOUT_S = 1.0
 _FAILURES = 3
 _OPEN_S = 1.0
 
@@ -27,7 +29,11 @@ class Cache:
         self._redis = Redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=None)
         # A subscriber waits for messages, not for answers.
         self._listener = Redis.from_url(
-            url, socket_connect_timeout=1.0, socket_keepalive=True, health_check_interval=10, retry=None
+            url,
+            socket_connect_timeout=_SUBSCRIBE_TIMEOUT_S,
+            socket_keepalive=True,
+            health_check_interval=10,
+            retry=None,
         )
         self._clock = clock
         self._failures = 0
@@ -55,12 +61,17 @@ class Cache:
 
     @asynccontextmanager
     async def subscribed(self, channel: str) -> AsyncIterator[AsyncIterator[bytes]]:
-        """The messages of a channel, as long as Redis is there; their end and its absence are UNAVAILABLE."""
-        subscription = self._listener.pubsub(ignore_subscribe_messages=True)
+        """The messages of a channel: all that are published within the block, as long as Redis is there.
+
+        Raises PlatformError(UNAVAILABLE), also out of the messages, when Redis is or goes away or refuses.
+        """
+        subscription = self._listener.pubsub()
         try:
             try:
                 await subscription.subscribe(channel)
-            except (RedisConnectionError, RedisTimeoutError, OSError) as error:
+                if await subscription.get_message(timeout=_SUBSCRIBE_TIMEOUT_S) is None:
+                    raise PlatformError(Reason.UNAVAILABLE)
+            except (RedisError, OSError) as error:
                 raise PlatformError(Reason.UNAVAILABLE) from error
             yield _messages(subscription)
         finally:
@@ -82,5 +93,5 @@ async def _messages(subscription: PubSub) -> AsyncIterator[bytes]:
             message: dict[str, Any] | None = await subscription.get_message(timeout=None)
             if message is not None and message["type"] == "message":
                 yield message["data"]
-    except (RedisConnectionError, RedisTimeoutError, OSError) as error:
+    except (RedisError, OSError) as error:
         raise PlatformError(Reason.UNAVAILABLE) from error

@@ -11,9 +11,9 @@ import grpc
 from aiaas.router.v1 import backend_service_pb2 as pb
 from aiaas.router.v1 import backend_service_pb2_grpc
 from mesh.errors import PlatformError
+from mesh.pages import IdPlace, cut, read_page_size, read_token
 from router.backends import WEIGHT, Backend, BackendModel, Registry, check_backend
 from router.changes import creation_of, fields_to_change, require, require_same_id
-from router.pages import decode_token, encode_token, page_size
 from router.store import Store
 
 _CHANGEABLE = (
@@ -52,13 +52,10 @@ class BackendService(backend_service_pb2_grpc.BackendServiceServicer):
 
     async def ListBackends(self, request: pb.ListBackendsRequest, context: _Context) -> pb.ListBackendsResponse:
         """Return a page of backends."""
-        size = page_size(request.page_size)
-        after = decode_token(request.page_token, request.model_id)
-        found = await self._store.list_backends(after, size + 1, request.model_id)
-        response = pb.ListBackendsResponse(backends=map(self._to_proto, found[:size]))
-        if len(found) > size:
-            response.next_page_token = encode_token(found[size - 1].backend_id, request.model_id)
-        return response
+        size, after = read_page_size(request.page_size), read_token(request, IdPlace)
+        found = await self._store.list_backends(after.id if after else "", size + 1, request.model_id)
+        backends, token = cut(request, found, size, self._to_proto, lambda backend: IdPlace(backend.backend_id))
+        return pb.ListBackendsResponse(backends=backends, next_page_token=token)
 
     async def UpdateBackend(self, request: pb.UpdateBackendRequest, context: _Context) -> pb.UpdateBackendResponse:
         """Change what the mask names."""

@@ -15,8 +15,6 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-import msgspec
-
 from aiaas.type.v1 import usage_event_pb2
 from aiaas.type.v1.usage_event_pb2 import TokenUsage
 from mesh.auth import Principal
@@ -285,7 +283,7 @@ class Inference:
             usage, record.finish_reason = sse.read_answer(
                 document, responses=record.endpoint == usage_event_pb2.ENDPOINT_RESPONSES
             )
-        except msgspec.DecodeError:
+        except ValueError:
             raise _failed("backend_garbage") from None
         if usage is not None:
             record.usage, record.usage_source = usage, usage_event_pb2.USAGE_SOURCE_ENGINE

@@ -12,10 +12,10 @@ from aiaas.router.v1 import model_service_pb2 as pb
 from aiaas.router.v1 import model_service_pb2_grpc
 from aiaas.type.v1.usage_event_pb2 import Endpoint
 from mesh.errors import PlatformError
+from mesh.pages import IdPlace, cut, read_page_size, read_token
 from router.backends import Registry
 from router.changes import creation_of, fields_to_change, require, require_same_id
 from router.models import Model, check_model
-from router.pages import decode_token, encode_token, page_size
 from router.store import Store
 
 _CHANGEABLE = ("aliases", "owner", "context_tokens", "endpoints")
@@ -44,12 +44,10 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
 
     async def ListModels(self, request: pb.ListModelsRequest, context: _Context) -> pb.ListModelsResponse:
         """Return a page of models."""
-        size = page_size(request.page_size)
-        found = await self._store.list_models(decode_token(request.page_token), size + 1)
-        response = pb.ListModelsResponse(models=map(_to_proto, found[:size]))
-        if len(found) > size:
-            response.next_page_token = encode_token(found[size - 1].model_id)
-        return response
+        size, after = read_page_size(request.page_size), read_token(request, IdPlace)
+        found = await self._store.list_models(after.id if after else "", size + 1)
+        models, token = cut(request, found, size, _to_proto, lambda model: IdPlace(model.model_id))
+        return pb.ListModelsResponse(models=models, next_page_token=token)
 
     async def UpdateModel(self, request: pb.UpdateModelRequest, context: _Context) -> pb.UpdateModelResponse:
         """Change what the mask names."""

@@ -13,16 +13,11 @@ from random import Random
 from typing import Protocol
 
 from aiaas.type.v1.usage_event_pb2 import UsageEvent
-from mesh.broker import Queue
 from mesh.errors import PlatformError
+from mesh.topology import USAGE
 from router import metrics
 
 logger = logging.getLogger(__name__)
-
-EXCHANGE = "usage"
-ROUTING_KEY = "usage.v1"
-QUEUE = Queue("analytics.usage.v1", EXCHANGE, ROUTING_KEY)
-"""Where analytics takes the events from. Declared here as well, so that they are kept before it first runs."""
 
 _BATCH_EVENTS = 64
 _PUBLISH_TIMEOUT_S = 5.0
@@ -105,8 +100,8 @@ class UsagePublisher:
     async def _publish(self, event: UsageEvent) -> bool:
         try:
             await self._broker.publish(
-                EXCHANGE,
-                ROUTING_KEY,
+                USAGE.exchange,
+                USAGE.routing_key,
                 event.SerializeToString(),
                 message_id=event.request_id,
                 timeout_s=_PUBLISH_TIMEOUT_S,

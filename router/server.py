@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import secrets
 import socket
@@ -31,7 +32,9 @@ from mesh.database import Database
 from mesh.errors import PlatformError
 from mesh.interceptors import chain
 from mesh.ops import OpsServer
+from mesh.revocations import listen
 from mesh.server import AddServicer, GrpcServer
+from mesh.topology import USAGE
 from router.backend_service import BackendService
 from router.backends import CREDENTIAL_PREFIX, Registry
 from router.config import RouterConfig
@@ -39,8 +42,7 @@ from router.health import HealthProber
 from router.inference import Engine
 from router.inference_service import InferenceService
 from router.model_service import ModelService
-from router.publisher import QUEUE, UsagePublisher
-from router.revocations import RevocableAuthenticator, RevocationListener
+from router.publisher import UsagePublisher
 from router.routing import Routing
 from router.store import Store
 from router.upstream import HttpUpstream, Timeouts
@@ -62,15 +64,16 @@ async def serve(config: RouterConfig, stop: asyncio.Event) -> None:
         resources.push_async_callback(database.close)
         redis = Cache(config.redis_url, clock)
         resources.push_async_callback(redis.close)
-        broker = Broker(config.amqp_url, QUEUE)
+        broker = Broker(config.amqp_url, USAGE)
         resources.push_async_callback(broker.close)
         identity = await resources.enter_async_context(
             connect(config.identity_target, auth_service_pb2.DESCRIPTOR.services_by_name["AuthService"])
         )
         upstream = await resources.enter_async_context(HttpUpstream(credentials))
 
-        source = RemoteAuthenticator(auth_service_pb2_grpc.AuthServiceStub(identity))
-        authenticator = RevocableAuthenticator(lambda: CachedAuthenticator(source, clock, random))
+        authenticator = CachedAuthenticator(
+            RemoteAuthenticator(auth_service_pb2_grpc.AuthServiceStub(identity)), clock, random
+        )
         resources.push_async_callback(authenticator.close)
 
         store = Store(database)
@@ -107,7 +110,7 @@ async def serve(config: RouterConfig, stop: asyncio.Event) -> None:
                     ("registry", registry.run),
                     ("health", prober.run),
                     ("publisher", publisher.run),
-                    ("revocations", RevocationListener(redis, authenticator).run),
+                    ("revocations", functools.partial(listen, redis, authenticator)),
                 )
             ]
             await ops_server.start()

@@ -1,8 +1,9 @@
 """Watches the server-sent events of an engine's answer pass by: finds usage, the end and errors; it never changes a
-byte, but for leaving out the usage event that the client did not ask for.
+byte, but for taking out usage that the client did not ask for.
 
 Bytes are handed on at the ends of events, as many events at once as arrived together. Only events that hold something
-of note are parsed: usage, a finish reason, an error.
+of note are parsed: usage, a finish reason, an error. Usage mostly stands in an event of its own, which is left out;
+llama.cpp's completions tell it beside the last choice, and that one event is written anew without it.
 """
 
 from __future__ import annotations
@@ -77,7 +78,9 @@ _CHUNK = msgspec.json.Decoder(_Chunk)
 _RESPONSE_EVENT = msgspec.json.Decoder(_ResponseEvent)
 _RESPONSE = msgspec.json.Decoder(_Response)
 _ERROR = msgspec.json.Decoder(_ErrorAnswer)
+_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
+_NULL = msgspec.Raw(b"null")
 _EVENT_END = re.compile(rb"\r?\n\r?\n")
 _DATA = re.compile(rb"^data: ?(.*?)\r?$", re.MULTILINE)
 # JSON escapes quotes and line ends within strings, so none of these is ever found in what a model wrote.
@@ -143,53 +146,56 @@ class EventWatch:
             event = events[start : end.end()]
             start = end.end()
             self.counted += len(self._content.findall(event))
-            if not self._notable.search(event) or self._read(event):
-                kept.append(event)
+            kept.append(self._read(event) if self._notable.search(event) else event)
             if self.fault is not None:
                 # What an engine says after an error, even its closing marker, would make a failure look like an end.
                 break
         return b"".join(kept)
 
-    def _read_chunk(self, event: bytes) -> bool:
-        """Take what is of note from an event; returns whether it goes on to the client."""
+    def _read_chunk(self, event: bytes) -> bytes:
+        """Take what is of note from an event; returns what of it goes on to the client."""
         data = _data_of(event)
         if data == b"[DONE]":
             self.complete = True
-            return True
+            return event
         try:
             chunk = _CHUNK.decode(data)
-        except msgspec.DecodeError:
-            return True
+            fields = _FIELDS.decode(data)
+        except ValueError:
+            return event
         for choice in chunk.choices or ():
             if choice.finish_reason and (choice.index == 0 or not self.finish_reason):
                 self.finish_reason = choice.finish_reason
         if chunk.choices is None and (fault := read_fault(data, 500)):
             self.fault = fault
-            return False
+            return b""
         usage = None if chunk.usage is msgspec.UNSET else read_usage(chunk.usage)
         self.usage = usage or self.usage
-        is_usage_alone = not chunk.choices and chunk.usage is not msgspec.UNSET
-        return not (self._strip_usage and is_usage_alone)
+        # vLLM may write null in every event but the last.
+        if not self._strip_usage or fields.pop("usage", _NULL) == _NULL:
+            return event
+        return b"data: %b\n\n" % msgspec.json.encode(fields) if chunk.choices else b""
 
-    def _read_response(self, event: bytes) -> bool:
+    def _read_response(self, event: bytes) -> bytes:
+        """`_read_chunk` for the Responses API."""
         data = _data_of(event)
         try:
             response = _RESPONSE_EVENT.decode(data).response
-        except msgspec.DecodeError:
+        except ValueError:
             self.fault = read_fault(data, 500)
-            return self.fault is None
+            return event if self.fault is None else b""
         if response.status not in ("completed", "incomplete", "failed"):
-            return True
+            return event
         if response.status == "failed":
             self.fault = EngineFault(500, "", None)
         self.complete = True
         self.usage = None if response.usage is msgspec.UNSET else read_response_usage(response.usage)
         self.finish_reason = _finish_of(response)
-        return True
+        return event
 
 
 def read_answer(body: bytes, *, responses: bool) -> tuple[TokenUsage | None, str]:
-    """The usage and the finish reason of a whole JSON answer. Raises msgspec.DecodeError if it is none."""
+    """The usage and the finish reason of a whole JSON answer. Raises ValueError if it is none."""
     if responses:
         response = _RESPONSE.decode(body)
         usage = None if response.usage is msgspec.UNSET else read_response_usage(response.usage)
@@ -205,7 +211,7 @@ def read_fault(body: bytes, status: int) -> EngineFault | None:
     error."""
     try:
         answer = _ERROR.decode(body)
-    except msgspec.DecodeError:
+    except ValueError:
         return None
     if isinstance(answer.error, str):
         return EngineFault(status, answer.error, None)

@@ -1,4 +1,7 @@
-"""Speaks HTTP to the engines: one narrow interface over a keep-alive pool; it never decides whom to ask or to retry."""
+"""Speaks HTTP to the engines: one narrow interface over a keep-alive pool; it never decides whom to ask.
+
+It asks again only where a kept connection was closed in the very moment of its reuse; any other retry is its caller's.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, Self
+from types import SimpleNamespace
+from typing import Any, Protocol, Self
 
 import aiohttp
 
@@ -17,7 +21,7 @@ HEALTH_PATH = "/health"
 
 _HEADERS = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
 _PIECE_BYTES = 256 << 10
-# Engines close an idle connection after 5 s; one that is taken in that very moment would lose its request.
+# Engines close an idle connection after 5 s; one that is taken in that very moment loses its request.
 _KEEP_ALIVE_S = 4.0
 
 
@@ -93,27 +97,23 @@ class HttpUpstream:
 
     async def __aenter__(self) -> Self:
         """Open the pool."""
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(total=None),
-            auto_decompress=False,
-            skip_auto_headers=("User-Agent",),
-        )
+        self._session = _session(aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S))
+        self._fresh = _session(aiohttp.TCPConnector(limit=0, force_close=True))
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Close the pool and every connection in it."""
         await self._session.close()
+        await self._fresh.close()
 
     async def open(self, backend: Backend, path: str, body: bytes, timeouts: Timeouts) -> UpstreamAnswer:
         """See `Upstream.open`."""
         headers = self._authorize(backend, _HEADERS) | {"Content-Length": str(len(body))}
         with _as_upstream_errors():
             async with asyncio.timeout(timeouts.first_byte_s):
-                response = await self._session.post(
+                response = await self._post(
                     backend.base_url + path,
-                    data=_pieces(body),
+                    body,
                     headers=headers,
                     allow_redirects=False,
                     timeout=aiohttp.ClientTimeout(total=None, connect=timeouts.connect_s),
@@ -130,6 +130,17 @@ class HttpUpstream:
             chunks=_read(response, first, timeouts.idle_s),
             _response=response,
         )
+
+    async def _post(self, url: str, body: bytes, **options: Any) -> aiohttp.ClientResponse:
+        connection = SimpleNamespace(reused=False)
+        try:
+            return await self._session.post(url, data=_pieces(body), trace_request_ctx=connection, **options)
+        except aiohttp.ClientConnectionError as error:
+            # Where a head had begun to come, a ServerDisconnectedError holds that instead of a text.
+            if not (connection.reused and isinstance(getattr(error, "message", ""), str)):
+                raise
+        # Others in the pool have been idle for as long, so this one is new.
+        return await self._fresh.post(url, data=_pieces(body), **options)
 
     async def probe(self, backend: Backend, timeout_s: float) -> None:
         """Ask the engine for its health. Raises UpstreamError if it does not answer with 200 within `timeout_s`."""
@@ -151,6 +162,24 @@ class HttpUpstream:
         if not credential:
             raise MisconfiguredBackendError(f"the router's environment has no {variable}")
         return headers | {"Authorization": f"Bearer {credential}"}
+
+
+def _session(connector: aiohttp.BaseConnector) -> aiohttp.ClientSession:
+    tracing = aiohttp.TraceConfig()
+    tracing.on_connection_reuseconn.append(_note_reuse)
+    return aiohttp.ClientSession(
+        connector=connector,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        timeout=aiohttp.ClientTimeout(total=None),
+        auto_decompress=False,
+        skip_auto_headers=("User-Agent",),
+        trace_configs=[tracing],
+    )
+
+
+async def _note_reuse(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:
+    if context.trace_request_ctx is not None:
+        context.trace_request_ctx.reused = True
 
 
 async def _pieces(body: bytes) -> AsyncIterator[bytes]:

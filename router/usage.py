@@ -18,7 +18,7 @@ SCHEMA_VERSION = 1
 """The meaning of the events built here; consumers refuse a version they do not know."""
 
 # No request of any engine comes near it: a count beyond is garbage, and never billed.
-_Count = Annotated[int, Meta(ge=0, le=1_000_000_000)]
+_Count = Annotated[int, Meta(le=1_000_000_000)]
 
 
 class _PromptDetails(msgspec.Struct):
@@ -52,19 +52,19 @@ _RESPONSE_DECODER = msgspec.json.Decoder(_ResponseUsage | None)
 
 
 def read_usage(raw: msgspec.Raw | bytes) -> TokenUsage | None:
-    """The counts of an OpenAI `usage` object in JSON; None where it is null or garbage, such as a negative count."""
+    """The counts of an OpenAI `usage` object in JSON; None where it is null or garbage."""
     try:
         usage = _DECODER.decode(raw)
-    except msgspec.DecodeError:
+    except ValueError:
         return None
     if usage is None:
         return None
     prompt, completion = usage.prompt_tokens_details, usage.completion_tokens_details
-    return TokenUsage(
-        prompt_tokens=usage.prompt_tokens,
-        cached_prompt_tokens=(prompt and prompt.cached_tokens) or 0,
-        completion_tokens=usage.completion_tokens or 0,
-        reasoning_tokens=(completion and completion.reasoning_tokens) or 0,
+    return _counts(
+        usage.prompt_tokens,
+        prompt and prompt.cached_tokens,
+        usage.completion_tokens,
+        completion and completion.reasoning_tokens,
     )
 
 
@@ -72,16 +72,27 @@ def read_response_usage(raw: msgspec.Raw | bytes) -> TokenUsage | None:
     """The counts of the Responses API's `usage` object in JSON; None where it is null or garbage."""
     try:
         usage = _RESPONSE_DECODER.decode(raw)
-    except msgspec.DecodeError:
+    except ValueError:
         return None
     if usage is None:
         return None
     prompt, completion = usage.input_tokens_details, usage.output_tokens_details
+    return _counts(
+        usage.input_tokens,
+        prompt and prompt.cached_tokens,
+        usage.output_tokens,
+        completion and completion.reasoning_tokens,
+    )
+
+
+def _counts(prompt: int, cached_prompt: int | None, completion: int | None, reasoning: int | None) -> TokenUsage:
+    """An engine's counts, held to what a usage event may say: none is negative, and no part is above its whole."""
+    prompt, completion = max(0, prompt), max(0, completion or 0)
     return TokenUsage(
-        prompt_tokens=usage.input_tokens,
-        cached_prompt_tokens=(prompt and prompt.cached_tokens) or 0,
-        completion_tokens=usage.output_tokens,
-        reasoning_tokens=(completion and completion.reasoning_tokens) or 0,
+        prompt_tokens=prompt,
+        cached_prompt_tokens=min(max(0, cached_prompt or 0), prompt),
+        completion_tokens=completion,
+        reasoning_tokens=min(max(0, reasoning or 0), completion),
     )
 
 

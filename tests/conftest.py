@@ -18,10 +18,12 @@ from redis.asyncio import Redis
 from deploy.local.servers import Postgres, RabbitMQ, Valkey
 from deploy.local.state import State
 from deploy.local.supervisor import Supervisor
+from mesh.topology import USAGE
 
 _GROUPS = {"amqp_url": "amqp", "platform": "e2e"}
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keeps together what shares a slow server (with --dist loadgroup)."""
     for item in items:
@@ -101,7 +103,7 @@ async def amqp_url(servers: Servers) -> str:
     await servers.ready(servers.rabbitmq)
     async with await aio_pika.connect(servers.rabbitmq.url) as connection:
         channel = await connection.channel()
-        for queue in ("analytics.usage.v1", "analytics.usage.v1.dead"):
+        for queue in (USAGE.name, USAGE.dead_name):
             await channel.queue_delete(queue)
-        await channel.exchange_delete("usage")
+        await channel.exchange_delete(USAGE.exchange)
     return servers.rabbitmq.url

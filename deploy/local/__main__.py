@@ -56,7 +56,9 @@ class Display:
         self._print("\nStopping. Data, logs and the key stay.")
 
     def report(self, event: Event) -> None:
-        """Shows one event."""
+        """Shows one event of the start, or a death afterwards; nothing once it stops."""
+        if self._stopping:
+            return
         if event.what == "starting":
             self._starting.append(event.name)
         elif event.name in self._starting:
@@ -65,7 +67,7 @@ class Display:
             self._status.update("starting " + ", ".join(self._starting))
         if event.what in ("ready", "done"):
             self._print(f"  [green]✓[/] {event.name:<22}[dim]{event.seconds:6.1f} s {event.what}[/]")
-        elif event.what == "died" and not self._stopping:
+        elif event.what == "died":
             self._print(f"  [red]✗[/] {event.name:<22}[dim]ended with status {event.status}[/]")
 
     def _print(self, line: str) -> None:

@@ -30,6 +30,8 @@ PROBE_LIMIT_S = 5.0
 LOG_BYTES = 16 << 20
 # As much of a log as an error shows.
 TAIL_LINES = 12
+# What never served has nothing to finish, and may not listen to signals yet.
+UNREADY_STOP_LIMIT_S = 3.0
 # Set in the environment of every child, so that it can be recognised.
 MARKER = "AIAAS_LOCAL_STATE"
 
@@ -219,7 +221,8 @@ class Supervisor:
             told.cancel()
             probe.cancel()
             await asyncio.gather(told, probe, return_exceptions=True)
-            await _end(process.pid, ended, program.stop_signal, program.stop_limit_s)
+            limit_s = program.stop_limit_s if was_ready else min(program.stop_limit_s, UNREADY_STOP_LIMIT_S)
+            await _end(process.pid, ended, program.stop_signal, limit_s)
             child.process = None
             if child.stop.is_set():
                 self._report(Event(program.name, "stopped", time.monotonic() - began, ended.result()))

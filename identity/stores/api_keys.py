@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from datetime import datetime
 
 from identity.api_keys import ApiKey, ApiKeyState
-from identity.pages import Cursor
 from identity.stores.rows import Connection, Query, Row, found, limits_from_json, limits_to_json
+from mesh.pages import TimePlace
 
 _COLUMNS = (
     "api_key_id, organization_id, display_name, service_account_id, user_id, scopes, granted, allowed_models,"
@@ -63,7 +63,7 @@ class ApiKeyRows:
     async def page(
         self,
         organization_id: str,
-        after: Cursor | None,
+        after: TimePlace | None,
         limit: int,
         *,
         state: ApiKeyState | None,

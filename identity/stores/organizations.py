@@ -5,8 +5,8 @@
 from __future__ import annotations
 
 from identity.organizations import Organization, OrganizationState
-from identity.pages import Cursor
 from identity.stores.rows import Connection, Query, Row, found, limits_from_json, limits_to_json
+from mesh.pages import TimePlace
 
 _COLUMNS = "organization_id, display_name, state, rate_limits, allowed_models, create_time, update_time, revision"
 
@@ -42,7 +42,7 @@ class OrganizationRows:
         return None if row is None else organization_of(row)
 
     async def page(
-        self, after: Cursor | None, limit: int, state: OrganizationState | None, only: str | None
+        self, after: TimePlace | None, limit: int, state: OrganizationState | None, only: str | None
     ) -> list[Organization]:
         """Organizations oldest first, in one state, only one of them where given."""
         query = Query()

@@ -8,9 +8,9 @@ from datetime import datetime
 
 import asyncpg
 
-from identity.pages import Cursor
 from identity.service_accounts import ServiceAccount
 from identity.stores.rows import Connection, Query, Row, found
+from mesh.pages import TimePlace
 
 _COLUMNS = "service_account_id, organization_id, display_name, role_ids, disabled, create_time, update_time, revision"
 
@@ -57,7 +57,7 @@ class ServiceAccountRows:
         )
         return None if row is None else _account_of(row)
 
-    async def page(self, organization_id: str, after: Cursor | None, limit: int) -> list[ServiceAccount]:
+    async def page(self, organization_id: str, after: TimePlace | None, limit: int) -> list[ServiceAccount]:
         """Service accounts, oldest first."""
         query = Query()
         query.where("organization_id = {} AND delete_time IS NULL", organization_id)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from identity.pages import Cursor
 from identity.stores.rows import Connection, Query, Row, found
 from identity.users import User, UserState
+from mesh.pages import TimePlace
 
 _MEMBERS = (
     "SELECT m.organization_id, m.user_id, u.email, m.display_name, m.role_ids, u.state, m.create_time, m.update_time,"
@@ -58,7 +58,7 @@ class UserRows:
         return None if row is None else _user_of(row)
 
     async def page(
-        self, organization_id: str, after: Cursor | None, limit: int, email: str, role_id: str
+        self, organization_id: str, after: TimePlace | None, limit: int, email: str, role_id: str
     ) -> list[User]:
         """Members oldest first, only those with this address and this role where given."""
         query = Query()

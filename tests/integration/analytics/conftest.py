@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
-from analytics.consumer import QUEUE
 from analytics.store import UsageStore
 from mesh.broker import Broker
 from mesh.database import Database
 from mesh.migrate import migrate
+from mesh.topology import USAGE
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def store(database: Database) -> UsageStore:
 @pytest.fixture
 async def broker(amqp_url: str) -> AsyncIterator[Broker]:
     """The broker as a router has it."""
-    broker = Broker(amqp_url, QUEUE)
+    broker = Broker(amqp_url, USAGE)
     yield broker
     await broker.close()
 

@@ -9,15 +9,14 @@ from datetime import timedelta
 from urllib.parse import urlsplit
 
 import aio_pika
-import pytest
 
 from aiaas.type.v1.usage_event_pb2 import TokenUsage, UsageEvent
-from analytics.consumer import QUEUE, Consumer
-from analytics.events import UnacceptableEvent
+from analytics.consumer import Consumer
 from analytics.freshness import Marks
 from analytics.store import UsageStore
 from mesh.broker import Broker, Handler
 from mesh.database import Database
+from mesh.topology import USAGE
 from tests.doubles.clock import ManualClock
 from tests.doubles.tcp_gate import TcpGate
 from tests.doubles.usage_events import NOW, usage_event
@@ -32,7 +31,7 @@ TOTALS = (
 
 @asynccontextmanager
 async def consuming(broker: Broker, handle: Handler) -> AsyncIterator[None]:
-    task = asyncio.create_task(broker.consume(QUEUE, handle, batch_size=BATCH, wait_s=0.05))
+    task = asyncio.create_task(broker.consume(USAGE, handle, batch_size=BATCH, wait_s=0.05))
     try:
         yield
     finally:
@@ -43,7 +42,7 @@ async def consuming(broker: Broker, handle: Handler) -> AsyncIterator[None]:
 async def publish(broker: Broker, *bodies: bytes | UsageEvent) -> None:
     serialized = [body if isinstance(body, bytes) else body.SerializeToString() for body in bodies]
     await asyncio.gather(
-        *(broker.publish(QUEUE.exchange, QUEUE.routing_key, body, message_id="", timeout_s=10) for body in serialized)
+        *(broker.publish(USAGE.exchange, USAGE.routing_key, body, message_id="", timeout_s=10) for body in serialized)
     )
 
 
@@ -92,7 +91,7 @@ async def test_what_is_counted_is_acknowledged(
         await publish(broker, usage_event("req_last"))
         await counted(database, 151)
     # A batch is taken only after the one before is acknowledged; the last one may have been about to be.
-    assert await waiting(amqp_url, QUEUE.name) <= 1
+    assert await waiting(amqp_url, USAGE.name) <= 1
 
 
 async def test_event_is_counted_within_a_second(broker: Broker, store: UsageStore, database: Database) -> None:
@@ -119,12 +118,9 @@ async def test_poison_is_dead_after_five_deliveries_and_holds_up_nobody(
     deliveries = Counter[bytes]()
     consumer = Consumer(store, CLOCK)
 
-    async def take(bodies: Sequence[bytes]) -> None:
-        try:
-            await consumer.take(bodies)
-        finally:
-            if len(bodies) == 1:
-                deliveries.update(bodies)
+    async def take(bodies: Sequence[bytes]) -> set[int]:
+        deliveries.update(bodies)
+        return await consumer.take(bodies)
 
     async with consuming(broker, take):
         await publish(broker, *(usage_event(f"req_{n}") for n in range(40)), *poison)
@@ -132,7 +128,7 @@ async def test_poison_is_dead_after_five_deliveries_and_holds_up_nobody(
         await counted(database, 80, within_s=5)
 
         async def are_dead() -> bool:
-            return await waiting(amqp_url, QUEUE.dead_name) == len(poison)
+            return await waiting(amqp_url, USAGE.dead_name) == len(poison)
 
         await wait_until(are_dead, 10, "all poison is in the dead-letter queue")
     assert [deliveries[body] for body in poison] == [5] * len(poison)
@@ -143,10 +139,11 @@ async def test_crash_between_commit_and_acknowledgement_changes_nothing(
 ) -> None:
     committed = asyncio.Event()
 
-    async def take_and_die(bodies: Sequence[bytes]) -> None:
+    async def take_and_die(bodies: Sequence[bytes]) -> set[int]:
         await Consumer(store, CLOCK).take(bodies)
         committed.set()
         await asyncio.Event().wait()
+        return set()
 
     await publish(broker, *(usage_event(f"req_{n}") for n in range(30)))
     async with consuming(broker, take_and_die):
@@ -156,9 +153,9 @@ async def test_crash_between_commit_and_acknowledgement_changes_nothing(
     redelivered = Counter[bytes]()
     consumer = Consumer(store, CLOCK)
 
-    async def take(bodies: Sequence[bytes]) -> None:
-        await consumer.take(bodies)
+    async def take(bodies: Sequence[bytes]) -> set[int]:
         redelivered.update(bodies)
+        return await consumer.take(bodies)
 
     async with consuming(broker, take):
 
@@ -214,7 +211,7 @@ async def test_postgres_away_loses_nothing_and_kills_no_event(
             assert await requests(database) == 1
             await gate.open()
             await counted(database, 251)
-        assert await waiting(amqp_url, QUEUE.dead_name) == 0
+        assert await waiting(amqp_url, USAGE.dead_name) == 0
         await gated.close()
 
 
@@ -224,7 +221,7 @@ async def test_broker_away_heals_by_itself(
     url = urlsplit(amqp_url)
     gate = TcpGate(url.hostname or "", url.port or 0)
     async with gate:
-        gated = Broker(url._replace(netloc=f"{url.username}:{url.password}@127.0.0.1:{gate.port}").geturl(), QUEUE)
+        gated = Broker(url._replace(netloc=f"{url.username}:{url.password}@127.0.0.1:{gate.port}").geturl(), USAGE)
         await gate.shut()  # it starts without a broker
         async with consuming(gated, Consumer(store, CLOCK).take):
             for number in range(1, 3):
@@ -239,7 +236,7 @@ async def test_counts_are_complete_until_the_last_mark_that_got_through(
     broker: Broker, store: UsageStore, database: Database
 ) -> None:
     clock = ManualClock(NOW)
-    marks = Marks(broker, QUEUE.name, store, clock)
+    marks = Marks(broker, USAGE.name, store, clock)
 
     async def reached() -> bool:
         return await store.complete_until() == clock.now()
@@ -265,25 +262,15 @@ async def test_mark_from_a_clock_ahead_promises_nothing_beyond_now(broker: Broke
         return await store.complete_until() is not None
 
     async with consuming(broker, Consumer(store, CLOCK).take):
-        await Marks(broker, QUEUE.name, store, ahead).put()
+        await Marks(broker, USAGE.name, store, ahead).put()
         await wait_until(is_known, 10, "the mark got through")
     assert await store.complete_until() == NOW
 
 
-@pytest.mark.parametrize("poisons", [1, 60])
-async def test_good_events_beside_poison_are_inserted_once_as_a_batch(store: UsageStore, poisons: int) -> None:
-    class CountingStore(UsageStore):
-        batches = 0
-
-        async def insert_events(self, events: Sequence[object]) -> int:
-            self.batches += bool(events)
-            return await store.insert_events(events)  # type: ignore[arg-type]
-
-    counting = CountingStore(None)  # type: ignore[arg-type]
-    consumer = Consumer(counting, CLOCK)
-    bodies = [usage_event(f"req_{n}").SerializeToString() for n in range(50)] + [b"poison"] * poisons
-    with pytest.raises(UnacceptableEvent):
-        await consumer.take(bodies)
-    for body in bodies[:50]:
-        await consumer.take([body])
-    assert counting.batches == 1
+async def test_good_events_beside_poison_are_counted_and_the_poison_is_named(
+    store: UsageStore, database: Database
+) -> None:
+    bodies = [usage_event(f"req_{n}").SerializeToString() for n in range(50)]
+    bodies[7:7] = [b"poison", b"more poison"]
+    assert await Consumer(store, CLOCK).take(bodies) == {7, 8}
+    assert await requests(database) == 50

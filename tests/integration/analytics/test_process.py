@@ -1,4 +1,4 @@
-"""Analytics as a whole: it starts without RabbitMQ and identity, heals, counts and answers, and ends when told."""
+"""Analytics as a whole: it starts without its peers, heals, counts and answers, and ends when told."""
 
 import asyncio
 import os
@@ -19,11 +19,11 @@ from aiaas.analytics.v1 import usage_service_pb2_grpc
 from aiaas.identity.v1.auth_service_pb2 import AuthenticateResponse
 from aiaas.type.v1.principal_pb2 import PRINCIPAL_KIND_USER, Principal
 from analytics.config import AnalyticsConfig
-from analytics.consumer import QUEUE
 from analytics.server import serve
 from mesh.broker import Broker
 from mesh.config import load
 from mesh.errors import PlatformError, Reason, from_rpc_error
+from mesh.topology import USAGE
 from tests.doubles.peer import PeerDouble
 from tests.doubles.tcp_gate import TcpGate
 from tests.doubles.usage_events import usage_event
@@ -71,6 +71,7 @@ async def test_starts_without_its_peers_and_counts_when_they_are_there(
         ops = f"127.0.0.1:{free_port()}"
         environ = {
             "AIAAS_ANALYTICS_DATABASE_URL": database_url,
+            "AIAAS_ANALYTICS_REDIS_URL": "redis://127.0.0.1:1/",
             "AIAAS_ANALYTICS_AMQP_URL": with_gate.geturl(),
             "AIAAS_ANALYTICS_IDENTITY_TARGET": identity.address,
             "AIAAS_ANALYTICS_GRPC_ADDRESS": f"unix:{tmp_path}/analytics",
@@ -97,8 +98,8 @@ async def test_starts_without_its_peers_and_counts_when_they_are_there(
 
             await identity.start()
             await broker.publish(
-                QUEUE.exchange,
-                QUEUE.routing_key,
+                USAGE.exchange,
+                USAGE.routing_key,
                 usage_event(admit_time=now).SerializeToString(),
                 message_id="req_1",
                 timeout_s=10,
@@ -136,6 +137,7 @@ async def command(*arguments: str, **environ: str) -> tuple[int, str]:
 async def test_migrate_makes_the_schema_once(postgres_url: str) -> None:
     environ = {
         "AIAAS_ANALYTICS_DATABASE_URL": postgres_url,
+        "AIAAS_ANALYTICS_REDIS_URL": "redis://nowhere",
         "AIAAS_ANALYTICS_AMQP_URL": "amqp://nowhere",
         "AIAAS_ANALYTICS_IDENTITY_TARGET": "unix:nowhere",
     }
@@ -146,7 +148,7 @@ async def test_migrate_makes_the_schema_once(postgres_url: str) -> None:
 async def test_wrong_configuration_is_named() -> None:
     status, output = await command("check-config", AIAAS_ANALYTICS_BATCH_SIZE="0")
     assert status == 2
-    for variable in ("BATCH_SIZE", "DATABASE_URL", "AMQP_URL", "IDENTITY_TARGET"):
+    for variable in ("BATCH_SIZE", "DATABASE_URL", "REDIS_URL", "AMQP_URL", "IDENTITY_TARGET"):
         assert f"AIAAS_ANALYTICS_{variable}" in output
 
 
@@ -154,6 +156,7 @@ async def test_postgres_away_is_not_ready_and_unavailable(tmp_path: Path) -> Non
     ops = f"127.0.0.1:{free_port()}"
     environ = {
         "AIAAS_ANALYTICS_DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none",
+        "AIAAS_ANALYTICS_REDIS_URL": "redis://127.0.0.1:1/",
         "AIAAS_ANALYTICS_AMQP_URL": "amqp://127.0.0.1:1/",
         "AIAAS_ANALYTICS_IDENTITY_TARGET": f"unix:{tmp_path}/identity",
         "AIAAS_ANALYTICS_GRPC_ADDRESS": f"unix:{tmp_path}/analytics",

@@ -13,11 +13,12 @@ import httpx
 import pytest
 from redis.asyncio import Redis
 
-from aiaas.identity.v1 import api_key_service_pb2, organization_service_pb2
+from aiaas.identity.v1 import api_key_service_pb2, organization_service_pb2, role_service_pb2
 from aiaas.identity.v1.auth_service_pb2 import WatchRevocationsResponse
 from identity.roles import ALL_PERMISSIONS
 from mesh.errors import PlatformError, Reason
 from mesh.migrate import migrate
+from mesh.revocations import CHANNEL
 from tests.doubles.tcp_gate import TcpGate
 from tests.integration.identity.harness import Identity, bootstrapped, running_identity
 
@@ -175,7 +176,7 @@ async def test_revocations_are_announced_after_they_are_committed(
 ) -> None:
     listener: Redis = Redis.from_url(redis_url)
     async with running_identity(database_url, tmp_path, redis_url) as identity, listener, listener.pubsub() as channel:
-        await channel.subscribe("aiaas.revocations")
+        await channel.subscribe(CHANNEL)
         await channel.get_message(timeout=5)
         organization_id = await identity.organization()
         made = await identity.key(organization_id)
@@ -191,6 +192,25 @@ async def test_revocations_are_announced_after_they_are_committed(
         later = WatchRevocationsResponse.FromString(message["data"])
         assert later.organization_id == organization_id
         assert later.revision > revocation.revision
+
+
+async def test_changed_role_is_announced_for_its_organization(
+    database_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    listener: Redis = Redis.from_url(redis_url)
+    async with running_identity(database_url, tmp_path, redis_url) as identity, listener, listener.pubsub() as channel:
+        await channel.subscribe(CHANNEL)
+        await channel.get_message(timeout=5)
+        organization_id = await identity.organization()
+        wanted = role_service_pb2.Role(display_name="Reader", permissions=["usage.query", "users.get"])
+        create = role_service_pb2.CreateRoleRequest(organization_id=organization_id, role=wanted)
+        role = (await identity.call(identity.roles.CreateRole, create)).role
+        narrowed = role_service_pb2.UpdateRoleRequest(organization_id=organization_id, role_id=role.role_id)
+        narrowed.role.permissions.append("users.get")
+        await identity.call(identity.roles.UpdateRole, narrowed)
+        message = await channel.get_message(timeout=5)
+        revocation = WatchRevocationsResponse.FromString(message["data"])
+        assert revocation.organization_id == organization_id
 
 
 async def test_revocation_without_redis_is_a_revocation_all_the_same(database_url: str, tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from aiaas.type.v1.usage_event_pb2 import (
 )
 from mesh.broker import Broker
 from mesh.errors import PlatformError, Reason
+from mesh.revocations import CHANNEL
+from mesh.topology import USAGE
 from router.config import RouterConfig
-from router.publisher import QUEUE
-from router.revocations import CHANNEL
 from tests.doubles.peer import PeerDouble
 from tests.doubles.scripted_backend import (
     Answer,
@@ -307,7 +307,7 @@ async def test_each_request_is_one_event_in_the_queue(
         events.extend(map(UsageEvent.FromString, bodies))
         return ()
 
-    consumer = asyncio.create_task(Broker(amqp_url, QUEUE).consume(QUEUE, take, batch_size=10, wait_s=0.05))
+    consumer = asyncio.create_task(Broker(amqp_url, USAGE).consume(USAGE, take, batch_size=10, wait_s=0.05))
     async with running(replace(config, amqp_url=amqp_url), identity) as router, ScriptedBackend() as engine:
         await router.add_model("m")
         await router.add_backend("only", engine.base_url, "m")

@@ -96,14 +96,21 @@ async def test_chat_stream_tells_usage_only_when_asked(served: Router, asked: bo
     assert [usage["completion_tokens"] for usage in told] == [answer.tail.usage.completion_tokens] * asked
 
 
-async def test_completions_stream_and_do_not(served: Router) -> None:
-    body = {"model": "m", "prompt": "The sea is", "max_tokens": 5, "stop": ["\n"]}
+@pytest.mark.parametrize("asked", [True, False])
+async def test_completions_stream_and_do_not(served: Router, asked: bool) -> None:
+    body = {"model": "m", "prompt": "The sea is", "max_tokens": 5, "stop": ["\n"], "temperature": 0}
     document = await served.answer(body, ENDPOINT_COMPLETIONS)
-    assert json.loads(document.data)["choices"][0]["text"]
-    stream = await served.answer(body | {"stream": True}, ENDPOINT_COMPLETIONS)
+    text = json.loads(document.data)["choices"][0]["text"]
+    assert text
+    options = {"stream_options": {"include_usage": True}} if asked else {}
+    stream = await served.answer(body | {"stream": True} | options, ENDPOINT_COMPLETIONS)
     assert stream.error is None
     assert stream.tail is not None
     assert stream.tail.usage.prompt_tokens > 0
+    events = events_of(stream.data)
+    assert "".join(choice["text"] for event in events for choice in event["choices"]) == text
+    told = [event["usage"] for event in events if "usage" in event]
+    assert [usage["completion_tokens"] for usage in told] == [stream.tail.usage.completion_tokens] * asked
 
 
 async def test_responses_stream_and_do_not(served: Router) -> None:

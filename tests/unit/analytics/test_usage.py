@@ -1,6 +1,5 @@
 """Reading questions: buckets in every zone, and each wrong field by its name."""
 
-import base64
 import itertools
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -16,9 +15,9 @@ from aiaas.analytics.v1.usage_service_pb2 import (
     UsageInterval,
 )
 from aiaas.type.v1.usage_event_pb2 import Endpoint, Outcome
-from analytics import pages
 from analytics.usage import BucketPlace, RecordPlace, read_record_query, read_usage_query
 from mesh.errors import PlatformError, Reason
+from mesh.pages import write_token
 from tests.doubles.usage_events import NOW
 
 HOUR, DAY, MONTH = (
@@ -176,13 +175,13 @@ def test_page_sizes_have_a_default_and_a_limit() -> None:
 
 def test_token_continues_the_same_question_with_any_page_size() -> None:
     asked = question(at(2026, 11, 1), group_by=[MODEL], page_size=2)
-    token = pages.write_token(asked, BucketPlace(1, ("m",)))
+    token = write_token(asked, BucketPlace(1, ("m",)))
     again = question(at(2026, 11, 1), group_by=[MODEL], page_size=9, page_token=token)
     assert read_usage_query(again, NOW).after == BucketPlace(1, ("m",))
 
 
 def test_token_of_another_question_is_refused() -> None:
-    token = pages.write_token(question(at(2026, 11, 1), group_by=[MODEL]), BucketPlace(1, ("m",)))
+    token = write_token(question(at(2026, 11, 1), group_by=[MODEL]), BucketPlace(1, ("m",)))
     other = question(at(2026, 11, 1), group_by=[KEY], page_token=token)
     assert wrong_field(other) == "page_token"
     stranger = question(at(2026, 11, 1), group_by=[MODEL], page_token=token)
@@ -190,22 +189,12 @@ def test_token_of_another_question_is_refused() -> None:
     assert wrong_field(stranger) == "page_token"
 
 
-def test_token_with_any_byte_changed_is_refused() -> None:
-    asked = question(at(2026, 11, 1), group_by=[MODEL])
-    token = pages.write_token(asked, BucketPlace(1, ("m",)))
-    raw = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4))
-    for index in range(len(raw)):
-        changed = raw[:index] + bytes([raw[index] ^ 1]) + raw[index + 1 :]
-        asked.page_token = base64.urlsafe_b64encode(changed).decode().rstrip("=")
-        assert wrong_field(asked) == "page_token"
-
-
 @pytest.mark.parametrize(
     "place", [BucketPlace(0, ("m",)), BucketPlace(9, ("m",)), BucketPlace(1, ()), BucketPlace(1, ("\0",))]
 )
 def test_forged_token_that_means_nothing_is_refused(place: BucketPlace) -> None:
     asked = question(at(2026, 11, 1), group_by=[MODEL])
-    asked.page_token = pages.write_token(asked, place)
+    asked.page_token = write_token(asked, place)
     assert wrong_field(asked) == "page_token"
 
 
@@ -213,7 +202,7 @@ def test_records_of_later_pages_keep_the_range_of_the_first() -> None:
     asked = ListUsageRecordsRequest(organization_id="org_a")
     first = read_record_query(asked, NOW)
     assert (first.start_time, first.end_time) == (NOW - timedelta(hours=24), NOW)
-    asked.page_token = pages.write_token(asked, RecordPlace(first.start_time, NOW, "req_1"))
+    asked.page_token = write_token(asked, RecordPlace(first.start_time, NOW, "req_1"))
     assert read_record_query(asked, NOW + timedelta(hours=1)).start_time == first.start_time
 
 

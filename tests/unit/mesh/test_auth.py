@@ -38,16 +38,24 @@ def principal(
     platform: bool = False,
     expire_time: datetime | None = None,
     key_id: str = KEY.key_id,
+    user_id: str = "",
+    service_account_id: str = "",
 ) -> Principal:
     return Principal(
         kind="api_key",
         id=key_id,
         organization_id=organization_id,
         api_key_id=key_id,
+        user_id=user_id,
+        service_account_id=service_account_id,
         permissions=frozenset(permissions),
         platform=platform,
         expire_time=expire_time,
     )
+
+
+def revoked(**subject: str) -> auth_service_pb2.WatchRevocationsResponse:
+    return auth_service_pb2.WatchRevocationsResponse(**subject)  # type: ignore[arg-type]
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -224,18 +232,104 @@ async def test_an_invalidated_key_is_asked_for_again_at_once(cache: CachedAuthen
     await cache.authenticate(KEY.text)
     await cache.authenticate(OTHER_KEY.text)
     del source.known[KEY.text]
-    cache.invalidate(KEY.key_id)
-    cache.invalidate("key_unknown")
+    cache.invalidate(revoked(api_key_id=KEY.key_id))
+    cache.invalidate(revoked(api_key_id="key_unknown"))
     assert (await refused(cache.authenticate(KEY.text))).reason is Reason.API_KEY_INVALID
     await cache.authenticate(OTHER_KEY.text)
     assert source.calls == [KEY.text, OTHER_KEY.text, KEY.text]
+
+
+@pytest.mark.parametrize(
+    ("subject", "concerned"),
+    [
+        ({"api_key_id": "key_1"}, {"one", "one again"}),
+        ({"user_id": "user_1"}, {"one", "one again", "two"}),
+        ({"service_account_id": "sa_3"}, {"three"}),
+        ({"organization_id": "org_b"}, {"two", "three"}),
+        ({"organization_id": "org_unknown"}, set()),
+    ],
+)
+async def test_a_revocation_forgets_whom_it_concerns_and_nobody_else(
+    cache: CachedAuthenticator, source: Source, subject: dict[str, str], concerned: set[str]
+) -> None:
+    source.known = {
+        "one": principal(key_id="key_1", user_id="user_1"),
+        "one again": principal(key_id="key_1", user_id="user_1"),
+        "two": principal(key_id="key_2", user_id="user_1", organization_id="org_b"),
+        "three": principal(key_id="key_3", service_account_id="sa_3", organization_id="org_b"),
+        "four": principal(key_id="key_4"),
+        "five": principal(key_id="", user_id="user_5"),
+    }
+    for credential in source.known:
+        await cache.authenticate(credential)
+    cache.invalidate(revoked(**subject))
+    source.calls.clear()
+    source.failure = PlatformError(Reason.UNAVAILABLE)
+    for credential in source.known:
+        if credential in concerned:
+            assert (await refused(cache.authenticate(credential))).reason is Reason.AUTH_UNAVAILABLE
+        else:
+            await cache.authenticate(credential)
+    assert set(source.calls) == concerned
+
+
+@pytest.mark.parametrize("subject", [{"role_id": "role_1"}, {}])
+async def test_a_revocation_that_may_concern_anybody_expires_all_and_keeps_them_for_an_outage(
+    cache: CachedAuthenticator, source: Source, clock: ManualClock, subject: dict[str, str]
+) -> None:
+    await cache.authenticate(KEY.text)
+    await cache.authenticate(OTHER_KEY.text)
+    cache.invalidate(revoked(**subject))
+    await cache.authenticate(KEY.text)
+    assert source.calls == [KEY.text, OTHER_KEY.text, KEY.text]
+    source.failure = PlatformError(Reason.UNAVAILABLE)
+    await cache.authenticate(OTHER_KEY.text)
+    clock.advance(300)
+    assert (await refused(cache.authenticate(OTHER_KEY.text))).reason is Reason.AUTH_UNAVAILABLE
+    await cache.authenticate(KEY.text)
+
+
+async def test_expiring_all_prolongs_nothing(cache: CachedAuthenticator, source: Source, clock: ManualClock) -> None:
+    await cache.authenticate(KEY.text)
+    clock.advance(359)
+    cache.expire_all()
+    clock.advance(1)
+    source.failure = PlatformError(Reason.UNAVAILABLE)
+    assert (await refused(cache.authenticate(KEY.text))).reason is Reason.AUTH_UNAVAILABLE
+
+
+@pytest.mark.parametrize("subject", [{"organization_id": "org_b"}, {"role_id": "role_1"}])
+async def test_a_refusal_does_not_outlive_a_revocation(
+    cache: CachedAuthenticator, source: Source, subject: dict[str, str]
+) -> None:
+    known, source.known = source.known, {}
+    await refused(cache.authenticate(KEY.text))
+    source.known = known
+    cache.invalidate(revoked(**subject))
+    assert await cache.authenticate(KEY.text) == principal()
+
+
+async def test_a_refusal_that_came_across_a_revocation_ends_the_stale_entry(
+    cache: CachedAuthenticator, source: Source, clock: ManualClock
+) -> None:
+    await cache.authenticate(KEY.text)
+    clock.advance(60)
+    source.open.clear()
+    del source.known[KEY.text]
+    waiting = asyncio.create_task(cache.authenticate(KEY.text))
+    await until(lambda: len(source.calls) == 2)
+    cache.invalidate(revoked(organization_id="org_b"))
+    source.open.set()
+    assert (await refused(waiting)).reason is Reason.API_KEY_INVALID
+    source.failure = PlatformError(Reason.UNAVAILABLE)
+    assert (await refused(cache.authenticate(KEY.text))).reason is Reason.AUTH_UNAVAILABLE
 
 
 async def test_what_was_looked_up_before_a_revocation_is_not_kept(cache: CachedAuthenticator, source: Source) -> None:
     source.open.clear()
     before = asyncio.create_task(cache.authenticate(KEY.text))
     await until(lambda: len(source.calls) == 1)
-    cache.invalidate(KEY.key_id)
+    cache.invalidate(revoked(api_key_id=KEY.key_id))
     source.open.set()
     await before
     del source.known[KEY.text]
@@ -248,7 +342,7 @@ async def test_a_look_up_that_began_before_a_revocation_is_not_joined(
     source.open.clear()
     before = asyncio.create_task(cache.authenticate(KEY.text))
     await until(lambda: len(source.calls) == 1)
-    cache.invalidate(KEY.key_id)
+    cache.invalidate(revoked(api_key_id=KEY.key_id))
     after = asyncio.create_task(cache.authenticate(KEY.text))
     await until(lambda: len(source.calls) == 2)
     source.open.set()
@@ -335,7 +429,7 @@ async def test_an_invalidated_key_is_not_served_while_identity_is_away(
     source.failure = PlatformError(Reason.UNAVAILABLE)
     waiting = asyncio.create_task(cache.authenticate(KEY.text))
     await until(lambda: len(source.calls) == 2)
-    cache.invalidate(KEY.key_id)
+    cache.invalidate(revoked(api_key_id=KEY.key_id))
     source.open.set()
     assert (await refused(waiting)).reason is Reason.AUTH_UNAVAILABLE
     assert (await refused(cache.authenticate(KEY.text))).reason is Reason.AUTH_UNAVAILABLE

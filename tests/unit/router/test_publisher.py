@@ -8,8 +8,9 @@ import pytest
 
 from aiaas.type.v1.usage_event_pb2 import UsageEvent
 from mesh.errors import PlatformError, Reason
+from mesh.topology import USAGE
 from router import metrics
-from router.publisher import EXCHANGE, ROUTING_KEY, UsagePublisher
+from router.publisher import UsagePublisher
 
 
 class BrokerDouble:
@@ -21,7 +22,7 @@ class BrokerDouble:
         self.refused = asyncio.Event()
 
     async def publish(self, exchange: str, routing_key: str, body: bytes, *, message_id: str, timeout_s: float) -> None:
-        assert (exchange, routing_key) == (EXCHANGE, ROUTING_KEY)
+        assert (exchange, routing_key) == (USAGE.exchange, USAGE.routing_key)
         assert UsageEvent.FromString(body).request_id == message_id
         await asyncio.sleep(0)
         if self.away:

@@ -67,17 +67,34 @@ def test_what_a_model_writes_is_never_taken_for_the_protocol() -> None:
     assert watch.finish_reason == ""
 
 
-def test_usage_in_an_event_with_choices_stays() -> None:
-    stream = b"".join(sse(chunk("x") | {"usage": usage(3, 1)}, chunk("y") | {"usage": None}))
-    watch, passed = watch_all(stream, 1000, strip_usage=True)
-    assert passed == stream
-    assert watch.usage is not None
-    assert watch.usage.prompt_tokens == 3
-
-
-@pytest.mark.parametrize(
-    "garbage", [usage(-1, 2), usage(1, 10**15), {"prompt_tokens": "x"}, {"prompt_tokens": 1.5}, [], "x", {}]
+# As llama.cpp's completions end, but for a number whose spelling must not change.
+LAST_CHOICE = (
+    b'data: {"choices":[{"text":"","index":0,"logprobs":{"top":-1.50e-3},"finish_reason":"length"}],"created":1,'
+    b'"usage":{"completion_tokens":5,"prompt_tokens":4,"total_tokens":9},"timings":{"prompt_n":4}}\n\n'
 )
+
+
+@pytest.mark.parametrize("size", [1, 64, 1000])
+@pytest.mark.parametrize("asked", [True, False])
+def test_usage_beside_choices_is_taken_out_when_not_asked_for(size: int, asked: bool) -> None:
+    before, after = sse(chunk("x"), chunk("y")), b"data: [DONE]\n\n"
+    watch, passed = watch_all(b"".join(before[:2]) + LAST_CHOICE + after, size, strip_usage=not asked)
+    bare = LAST_CHOICE.replace(b',"usage":{"completion_tokens":5,"prompt_tokens":4,"total_tokens":9}', b"")
+    assert passed == b"".join(before[:2]) + (LAST_CHOICE if asked else bare) + after
+    assert (watch.complete, watch.finish_reason, watch.counted) == (True, "length", 2)
+    assert watch.usage is not None
+    assert (watch.usage.prompt_tokens, watch.usage.completion_tokens) == (4, 5)
+
+
+@pytest.mark.parametrize("strip_usage", [True, False])
+def test_null_for_usage_stays(strip_usage: bool) -> None:
+    stream = b"".join(sse(chunk("x") | {"usage": None}, chunk(finish_reason="stop") | {"usage": None}))
+    watch, passed = watch_all(stream, 1000, strip_usage=strip_usage)
+    assert passed == stream
+    assert watch.usage is None
+
+
+@pytest.mark.parametrize("garbage", [usage(1, 10**15), {"prompt_tokens": "x"}, {"prompt_tokens": 1.5}, [], "x", {}])
 def test_garbage_usage_is_not_believed(garbage: object) -> None:
     watch, _ = watch_all(b"".join(sse(chunk("x"), chunk() | {"choices": [], "usage": garbage})), 1000)
     assert watch.usage is None
@@ -107,7 +124,8 @@ def test_endless_event_is_cut() -> None:
 
 
 def test_bad_utf8_and_broken_json_pass() -> None:
-    stream = b'data: {"choices": [{"delta": {"content": "\xff\xfe"}}]}\n\ndata: {"usage": \n\ndata: [DONE]\n\n'
+    stream = b'data: {"choices": [{"delta": {"content": "\xff\xfe"}}]}\n\ndata: {"usage": \n\n'
+    stream += b'data: {"choices": [{"finish_reason": "\xff"}]}\n\ndata: {"\xff": 0, "usage": {}}\n\ndata: [DONE]\n\n'
     watch, passed = watch_all(stream, 1000, strip_usage=True)
     assert passed == stream
     assert watch.complete
@@ -178,3 +196,4 @@ def test_document_tells_usage_and_finish() -> None:
 def test_what_is_no_error_is_no_fault() -> None:
     assert read_fault(b"<html>", 502) is None
     assert read_fault(b'{"detail": "x"}', 400) is None
+    assert read_fault(b'{"error": {"message": "\xff"}}', 400) is None

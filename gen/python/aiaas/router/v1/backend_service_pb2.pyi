@@ -131,7 +131,9 @@ class Backend(_message.Message):
     first_byte_timeout_millis: _builtins.int
     """Milliseconds to its first byte after which another backend is tried; 0 means the router's default."""
     credential_variable: _builtins.str
-    """Environment variable of the router that holds the engine's own key; empty when it has none."""
+    """Environment variable of the router that holds the engine's own key; it begins with AIAAS_ENGINE_. Empty when the
+    engine has none.
+    """
     health: Global___BackendHealth.ValueType
     """Health as this router sees it. Output only."""
     health_reason: _builtins.str

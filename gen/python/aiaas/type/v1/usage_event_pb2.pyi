@@ -107,7 +107,9 @@ class _OutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Outcome.Value
     OUTCOME_SUCCEEDED: _Outcome.ValueType  # 1
     """Answered in full."""
     OUTCOME_REFUSED: _Outcome.ValueType  # 2
-    """Refused before any backend was tried: limits, budget, permission, bad request. Billed nothing."""
+    """Refused before any backend was tried: limits, budget, permission, bad request; or by the engine itself, with a 4xx
+    that is the client's fault. Billed nothing.
+    """
     OUTCOME_FAILED: _Outcome.ValueType  # 3
     """A backend failed, and no byte was produced."""
     OUTCOME_CANCELLED: _Outcome.ValueType  # 4
@@ -127,7 +129,9 @@ OUTCOME_UNSPECIFIED: Outcome.ValueType  # 0
 OUTCOME_SUCCEEDED: Outcome.ValueType  # 1
 """Answered in full."""
 OUTCOME_REFUSED: Outcome.ValueType  # 2
-"""Refused before any backend was tried: limits, budget, permission, bad request. Billed nothing."""
+"""Refused before any backend was tried: limits, budget, permission, bad request; or by the engine itself, with a 4xx
+that is the client's fault. Billed nothing.
+"""
 OUTCOME_FAILED: Outcome.ValueType  # 3
 """A backend failed, and no byte was produced."""
 OUTCOME_CANCELLED: Outcome.ValueType  # 4
