@@ -32,8 +32,13 @@ class RouterConfig:
     )
     first_byte_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = setting(
         "AIAAS_ROUTER_FIRST_BYTE_TIMEOUT_S",
-        "seconds an engine may take to its first byte before another one is tried",
+        "seconds an engine may take to the first byte of a stream before another one is tried",
         default=60.0,
+    )
+    answer_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = setting(
+        "AIAAS_ROUTER_ANSWER_TIMEOUT_S",
+        "seconds an engine may take to an answer that is not streamed, of which nothing comes before it is whole",
+        default=600.0,
     )
     idle_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = setting(
         "AIAAS_ROUTER_IDLE_TIMEOUT_S", "seconds of silence in an answer after which it is broken off", default=60.0

@@ -257,7 +257,7 @@ class Inference:
         if served.backend.first_byte_timeout_millis:
             timeouts = replace(timeouts, first_byte_s=served.backend.first_byte_timeout_millis / 1000)
         body = parsed.upstream_body(served.upstream_model)
-        answer = await engine.upstream.open(served.backend, parsed.path, body, timeouts)
+        answer = await engine.upstream.open(served.backend, parsed.path, body, timeouts, streamed=parsed.stream)
         if self._settled:
             # Abandoned in the meantime; nobody else knows of this answer.
             answer.close()

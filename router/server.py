@@ -86,7 +86,12 @@ async def serve(config: RouterConfig, stop: asyncio.Event) -> None:
             upstream=upstream,
             recorder=publisher,
             clock=clock,
-            timeouts=Timeouts(config.connect_timeout_s, config.first_byte_timeout_s, config.idle_timeout_s),
+            timeouts=Timeouts(
+                config.connect_timeout_s,
+                config.first_byte_timeout_s,
+                config.answer_timeout_s,
+                config.idle_timeout_s,
+            ),
             router_id=f"{socket.gethostname()}/{config.grpc_address}",
         )
         grpc_server = GrpcServer(

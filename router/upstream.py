@@ -57,10 +57,12 @@ class UpstreamTimeoutError(UpstreamError):
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Seconds: to connect, to the first byte of the answer's body, and between two chunks of it."""
+    """Seconds: to connect, to the first byte of a stream, to that of an answer that comes whole, and between two
+    chunks."""
 
     connect_s: float
     first_byte_s: float
+    answer_s: float
     idle_s: float
 
 
@@ -82,7 +84,9 @@ class UpstreamAnswer:
 class Upstream(Protocol):
     """How an engine is asked."""
 
-    async def open(self, backend: Backend, path: str, body: bytes, timeouts: Timeouts) -> UpstreamAnswer:
+    async def open(
+        self, backend: Backend, path: str, body: bytes, timeouts: Timeouts, *, streamed: bool
+    ) -> UpstreamAnswer:
         """Send a request and wait for the first byte of the answer's body. Raises UpstreamError.
 
         Cancelled, it closes the connection, so that the engine stops.
@@ -106,11 +110,13 @@ class HttpUpstream:
         await self._session.close()
         await self._fresh.close()
 
-    async def open(self, backend: Backend, path: str, body: bytes, timeouts: Timeouts) -> UpstreamAnswer:
+    async def open(
+        self, backend: Backend, path: str, body: bytes, timeouts: Timeouts, *, streamed: bool
+    ) -> UpstreamAnswer:
         """See `Upstream.open`."""
         headers = self._authorize(backend, _HEADERS) | {"Content-Length": str(len(body))}
         with _as_upstream_errors():
-            async with asyncio.timeout(timeouts.first_byte_s):
+            async with asyncio.timeout(timeouts.first_byte_s if streamed else timeouts.answer_s):
                 response = await self._post(
                     backend.base_url + path,
                     body,

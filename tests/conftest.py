@@ -1,6 +1,7 @@
 """Real data servers for every test that asks for one: started on first use, shared within a worker, ended with it.
 
-RabbitMQ takes seconds to start, so all tests that use it run in one worker; so do the end-to-end tests, on one stack.
+RabbitMQ takes seconds to start, so all tests that use it run in one worker; so do the end-to-end tests, on one stack,
+and those that start whole stacks of their own.
 """
 
 import asyncio
@@ -27,9 +28,11 @@ _GROUPS = {"amqp_url": "amqp", "platform": "e2e"}
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keeps together what shares a slow server (with --dist loadgroup)."""
     for item in items:
-        for fixture, group in _GROUPS.items():
-            if fixture in getattr(item, "fixturenames", ()):
-                item.add_marker(pytest.mark.xdist_group(group))
+        groups = {group for fixture, group in _GROUPS.items() if fixture in getattr(item, "fixturenames", ())}
+        if item.path.parent.name == "local":
+            groups.add("local")
+        for group in groups:
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @dataclass

@@ -79,7 +79,7 @@ class World:
         self.store = StaticStore()
         self.registry = Registry(self.store)
         self.prober = HealthProber(self.registry, upstream)
-        self.timeouts = Timeouts(connect_s=2, first_byte_s=5, idle_s=5)
+        self.timeouts = Timeouts(connect_s=2, first_byte_s=5, answer_s=5, idle_s=5)
         self.upstream = upstream
         self.routing = Routing(Random(1))
         self.backends = {
@@ -393,7 +393,7 @@ async def test_large_documents_pass_in_pieces(world: World) -> None:
 
 
 async def test_first_byte_timeout_goes_elsewhere_then_is_a_timeout(world: World) -> None:
-    world.timeouts = Timeouts(connect_s=2, first_byte_s=0.1, idle_s=5)
+    world.timeouts = Timeouts(connect_s=2, first_byte_s=0.1, answer_s=5, idle_s=5)
     await world.use(*world.backends.values())
     silent: list[Step] = [asyncio.Event()]
     world.first.default = Answer(before=silent)
@@ -407,6 +407,23 @@ async def test_first_byte_timeout_goes_elsewhere_then_is_a_timeout(world: World)
 
 async def test_backends_own_first_byte_timeout_wins(world: World) -> None:
     await world.use(replace(world.backends["first"], first_byte_timeout_millis=100))
+    world.first.default = Answer(before=[asyncio.Event()])
+    assert (await world.refusal(STREAM)).reason is Reason.BACKEND_TIMEOUT
+
+
+async def test_whole_answer_may_take_longer_than_the_first_byte_of_a_stream(world: World) -> None:
+    world.timeouts = Timeouts(connect_s=2, first_byte_s=0.01, answer_s=5, idle_s=5)
+    await world.use(world.backends["first"])
+    release = asyncio.Event()
+    world.first.default = Answer([json.dumps({"choices": [], "usage": usage(3, 4)}).encode()], before=[release])
+    asyncio.get_running_loop().call_later(0.1, release.set)
+    assert [part async for part in world.parts(CHAT)]
+    assert world.event().outcome == OUTCOME_SUCCEEDED
+
+
+async def test_whole_answer_that_never_comes_is_a_timeout(world: World) -> None:
+    world.timeouts = Timeouts(connect_s=2, first_byte_s=5, answer_s=0.1, idle_s=5)
+    await world.use(world.backends["first"])
     world.first.default = Answer(before=[asyncio.Event()])
     assert (await world.refusal(CHAT)).reason is Reason.BACKEND_TIMEOUT
 
@@ -449,7 +466,7 @@ async def test_nothing_is_retried_after_the_first_byte(world: World, name: str) 
 
 
 async def test_silence_in_the_middle_is_a_timeout(world: World) -> None:
-    world.timeouts = Timeouts(connect_s=2, first_byte_s=5, idle_s=0.1)
+    world.timeouts = Timeouts(connect_s=2, first_byte_s=5, answer_s=5, idle_s=0.1)
     world.first.default = Answer([*sse(chunk("a"), done=False), asyncio.Event()], content_type=EVENTS)
     data, error = await world.broken(STREAM)
     assert data == b"".join(sse(chunk("a"), done=False))

@@ -13,7 +13,7 @@ from router.upstream import ConnectionLostError, HttpUpstream, Timeouts
 from tests.doubles.scripted_backend import Answer, Cut, ScriptedBackend
 
 OK = Answer([b"{}"])
-TIMEOUTS = Timeouts(connect_s=2, first_byte_s=5, idle_s=5)
+TIMEOUTS = Timeouts(connect_s=2, first_byte_s=5, answer_s=5, idle_s=5)
 
 
 @pytest_asyncio.fixture
@@ -30,7 +30,7 @@ async def engine() -> AsyncIterator[ScriptedBackend]:
 
 async def ask(upstream: HttpUpstream, base_url: str, body: bytes = b"{}") -> bytes:
     backend = Backend("engine", base_url, ENGINE_KIND_VLLM)
-    answer = await upstream.open(backend, "/v1/completions", body, TIMEOUTS)
+    answer = await upstream.open(backend, "/v1/completions", body, TIMEOUTS, streamed=False)
     try:
         return b"".join([chunk async for chunk in answer.chunks])
     finally:

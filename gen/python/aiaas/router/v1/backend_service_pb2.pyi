@@ -129,7 +129,7 @@ class Backend(_message.Message):
     draining: _builtins.bool
     """Whether it gets no new requests."""
     first_byte_timeout_millis: _builtins.int
-    """Milliseconds to its first byte after which another backend is tried; 0 means the router's default."""
+    """Milliseconds to the first byte of a stream after which another backend is tried; 0 means the router's default."""
     credential_variable: _builtins.str
     """Environment variable of the router that holds the engine's own key; it begins with AIAAS_ENGINE_. Empty when the
     engine has none.
