@@ -1,7 +1,7 @@
 """Channels to other services: balanced, health-checked, retrying only what the contract calls a read; it never holds
 a stub.
 
-Each call carries the request id, the credential and what is left of the deadline of the call that caused it.
+Each call carries the request id, the credential, the trace and what is left of the deadline of the call that caused it.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.descriptor_pb2 import MethodOptions
+from opentelemetry import propagate
 
 from mesh import context as call
 from mesh.server import MESSAGE_BYTES
@@ -83,10 +84,13 @@ def _is_read(method: MethodDescriptor) -> bool:
 
 def _with_context(details: grpc.aio.ClientCallDetails, default_timeout_s: float | None) -> grpc.aio.ClientCallDetails:
     metadata = grpc.aio.Metadata(*(details.metadata or ()))
-    for key, value in (
-        ("x-request-id", call.request_id.get()),
-        ("authorization", f"Bearer {call.credential.get()}" if call.credential.get() else ""),
-    ):
+    carried = {
+        "x-request-id": call.request_id.get(),
+        "authorization": f"Bearer {call.credential.get()}" if call.credential.get() else "",
+    }
+    # W3C trace context, where the call belongs to a span.
+    propagate.inject(carried)
+    for key, value in carried.items():
         if value and key not in metadata:
             metadata.add(key, value)
     timeout_s = details.timeout if details.timeout is not None else default_timeout_s

@@ -353,6 +353,21 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
     provider.shutdown()
 
 
+async def test_trace_goes_on_in_the_next_service(tmp_path: Path, spans: InMemorySpanExporter) -> None:
+    async with serving(f"unix:{tmp_path}/back", traced=True) as onward:
+
+        async def front(*_: Any) -> Message:
+            return await onward.models.GetModel(GetModelRequest())
+
+        async with serving(f"unix:{tmp_path}/front", {"GetModel": front}, traced=True) as client:
+            await client.get_model(timeout=5)
+            await until(lambda: len(spans.get_finished_spans()) == 2)
+    inner, outer = spans.get_finished_spans()
+    assert inner.parent is not None
+    assert outer.context is not None
+    assert (inner.parent.span_id, inner.parent.trace_id) == (outer.context.span_id, outer.context.trace_id)
+
+
 async def test_each_call_is_one_span_with_its_status(address: str, spans: InMemorySpanExporter) -> None:
     async def delete(request: DeleteModelRequest, _: Any) -> Message:
         raise ValueError("a secret")
