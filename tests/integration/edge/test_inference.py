@@ -156,6 +156,33 @@ async def test_official_client_sees_an_error_in_mid_stream(edge: Edge, router: P
     assert error.value.code == "backend_error"
 
 
+@pytest.mark.parametrize(
+    ("error", "attempts"),
+    [
+        (PlatformError(Reason.RATE_LIMIT_EXCEEDED, retry_after_s=1), 2),
+        (PlatformError(Reason.INSUFFICIENT_QUOTA), 1),
+    ],
+)
+async def test_official_client_tries_again_after_a_rate_limit_and_not_after_a_spent_budget(
+    edge: Edge, router: PeerDouble, error: PlatformError, attempts: int
+) -> None:
+    made = 0
+
+    def refuse(request: pb.InferRequest) -> AsyncIterator[pb.InferResponse]:
+        nonlocal made
+        made += 1
+        return script(error)(request)
+
+    router.streams["Infer"] = refuse
+    async with openai.DefaultAsyncHttpxClient(trust_env=False) as http:
+        base_url = f"http://127.0.0.1:{edge.port}/v1"
+        client = openai.AsyncOpenAI(base_url=base_url, api_key=KEY, http_client=http, max_retries=1)
+        with pytest.raises(openai.RateLimitError) as told:
+            await client.chat.completions.create(model="m", messages=[])
+    assert told.value.type == error.entry.openai_type
+    assert made == attempts
+
+
 async def test_event_that_broke_off_is_ended_before_the_error(edge: Edge, router: PeerDouble) -> None:
     router.streams["Infer"] = script(head(), data(b'data: {"id"'), PlatformError(Reason.BACKEND_ERROR))
     response = await edge.client.post(CHAT, content=BODY)
