@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from google.protobuf.message import Message
 
 from aiaas.router.v1 import inference_service_pb2 as pb
 from aiaas.type.v1 import usage_event_pb2
@@ -168,7 +169,7 @@ async def test_official_client_tries_again_after_a_rate_limit_and_not_after_a_sp
 ) -> None:
     made = 0
 
-    def refuse(request: pb.InferRequest) -> AsyncIterator[pb.InferResponse]:
+    def refuse(request: pb.InferRequest) -> AsyncIterator[Message]:
         nonlocal made
         made += 1
         return script(error)(request)
