@@ -319,7 +319,10 @@ async def test_metrics_count_each_end_once_by_its_code(address: str, traced: boo
         for mode, code in ends:
             for method in (GET_MODEL, INFER):
                 before, all_before = requests(method, code), durations(method)
-                call: Any = client.get_model(timeout=0.2) if method == GET_MODEL else client.infer(timeout=0.2)
+                timeout_s = 0.5 if mode == "hang" else 10
+                call: Any = (
+                    client.get_model(timeout=timeout_s) if method == GET_MODEL else client.infer(timeout=timeout_s)
+                )
                 if mode == "fine" and method == GET_MODEL:
                     await call
                 elif mode == "fine":
