@@ -17,7 +17,7 @@ up: ## Start the whole platform here, prove that it answers, stop it with Ctrl-C
 
 test: ## Unit, contract, integration and end-to-end tests against real servers
 	@deploy/local/bootstrap.sh test
-	$(BIN)/pytest -n 4 --dist loadgroup tests
+	$(BIN)/pytest -n 3 --dist loadgroup tests
 
 test-vllm: ## The end-to-end tests against two real vLLM replicas
 	@deploy/local/bootstrap.sh vllm

@@ -251,4 +251,4 @@ async def test_client_that_resets_while_it_waits_ends_its_call(edge: Edge, route
         await loop.sock_connect(client, ("127.0.0.1", edge.port))
         await loop.sock_sendall(client, POST + b"content-length: 2\r\n\r\n{}")
         await until(lambda: router.received)
-    await until(lambda: router.cancelled, within_s=1)
+    await until(lambda: router.cancelled, within_s=2)

