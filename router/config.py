@@ -21,9 +21,6 @@ class RouterConfig:
     redis_url: str = setting("AIAAS_ROUTER_REDIS_URL", "redis://... that revocations are announced on", secret=True)
     amqp_url: str = setting("AIAAS_ROUTER_AMQP_URL", "amqp://... that usage events are published to", secret=True)
     identity_target: str = setting("AIAAS_ROUTER_IDENTITY_TARGET", "gRPC target of identity, which judges credentials")
-    state_dir: str = setting(
-        "AIAAS_ROUTER_STATE_DIR", "folder of what the router itself must not lose", default="state"
-    )
     grpc_address: str = setting(
         "AIAAS_ROUTER_GRPC_ADDRESS", "host:port or unix:path that gRPC listens on", default="127.0.0.1:27003"
     )

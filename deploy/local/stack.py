@@ -182,8 +182,6 @@ class _Composition:
             }
         if service in ("router", "analytics"):
             own[f"AIAAS_{upper}_AMQP_URL"] = self.rabbitmq.url
-        if service == "router":
-            own["AIAAS_ROUTER_STATE_DIR"] = str(self.state.folder("router/state"))
         return {"AIAAS_LOG_LEVEL": "INFO", f"AIAAS_{upper}_DRAIN_S": "5", **own, **self.settings}
 
     @contextlib.contextmanager

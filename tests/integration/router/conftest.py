@@ -189,7 +189,6 @@ async def config(postgres_url: str, tmp_path: Path, identity: PeerDouble) -> Rou
         redis_url="redis://127.0.0.1:1/0",
         amqp_url="amqp://guest:guest@127.0.0.1:1/",
         identity_target=identity.address,
-        state_dir=str(tmp_path / "state"),
         grpc_address=f"unix:{tmp_path}/router.sock",
         ops_address="127.0.0.1:0",
         drain_s=10.0,
