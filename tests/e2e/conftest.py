@@ -25,6 +25,8 @@ from openai import DefaultHttpxClient, OpenAI
 ENGINE = os.environ.get("ENGINE", "llamacpp")
 REPLICAS = 2 if ENGINE == "vllm" else 1
 START_TIMEOUT_S = 240
+# WITHOUT=restart halts what starts killed parts again; the tests that kill must fail then.
+WITHOUT = os.environ.get("WITHOUT", "")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Platform:
     state: Path
     engine: str
     clients: ExitStack
+    supervisor_pid: int
 
     @property
     def admin(self) -> httpx.Client:
@@ -86,6 +89,8 @@ class Platform:
     def kill(self, part: str) -> int:
         """Kills a part as a crash would, and returns the process that it was."""
         pid = self.pid(part)
+        if WITHOUT == "restart":
+            os.kill(self.supervisor_pid, signal.SIGSTOP)
         os.killpg(pid, signal.SIGKILL)
         return pid
 
@@ -138,8 +143,9 @@ def platform() -> Iterator[Platform]:
         wait_until(proven, START_TIMEOUT_S, "the stack proves itself")
         ready = json.loads((state / "ready.json").read_text())
         with ExitStack() as clients:
-            yield Platform(ready["base_url"], ready["api_key"], state, ENGINE, clients)
+            yield Platform(ready["base_url"], ready["api_key"], state, ENGINE, clients, stack.pid)
     finally:
+        stack.send_signal(signal.SIGCONT)
         stack.send_signal(signal.SIGINT)
         try:
             stack.wait(30)
