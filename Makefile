@@ -6,6 +6,8 @@ PYTHON := .venv/bin/python
 BIN := .venv/bin
 # The contracts that a change must stay compatible with: the main branch as it was published.
 CONTRACT_BASE ?= $(shell git rev-parse -q --verify origin/main || git rev-parse HEAD)
+# Tests start servers from processes that use gRPC, whose own handling of forks may crash such a child before it runs.
+export GRPC_ENABLE_FORK_SUPPORT := 0
 CODE := mesh identity router analytics edge deploy tests
 
 help: ## Show this list

@@ -92,6 +92,11 @@ class Database:
                     if _is_lost(connection):
                         raise PlatformError(Reason.UNAVAILABLE) from error
                     raise
+                except asyncpg.InternalClientError as error:
+                    # A server that dies while it speaks leaves asyncpg in a state that it cannot go on from.
+                    with suppress(asyncpg.InterfaceError):
+                        connection.terminate()
+                    raise PlatformError(Reason.UNAVAILABLE) from error
         finally:
             # One that broke cannot be reset for its next user; the pool has ended it by then.
             with suppress(asyncpg.InterfaceError, asyncpg.InternalClientError, *_AWAY):
