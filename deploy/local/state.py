@@ -96,9 +96,12 @@ class State:
         """The folder for one part, made where it is missing; it and all in it belong to the account."""
         path = self._made(self.root / name)
         if self.account:
-            for entry in (path, *path.rglob("*")):
-                if entry.lstat().st_uid != self.account.uid:
-                    os.chown(entry, self.account.uid, self.account.gid, follow_symlinks=False)
+            for folder, folders, files in os.walk(path):
+                for entry in (folder, *(os.path.join(folder, name) for name in (*folders, *files))):
+                    # A server that runs may remove what was just seen.
+                    with contextlib.suppress(FileNotFoundError):
+                        if os.lstat(entry).st_uid != self.account.uid:
+                            os.chown(entry, self.account.uid, self.account.gid, follow_symlinks=False)
         return path
 
     def _made(self, folder: Path) -> Path:
