@@ -1,4 +1,4 @@
-"""Ports of this machine: free private ones and the public one; never hands out the same port twice in one process."""
+"""Ports of this machine: free private ones and the public one; never hands out a port that a living process was given."""
 
 import errno
 import random
@@ -8,7 +8,7 @@ from deploy.local.errors import LocalError
 
 # Below the range from which the kernel takes ports for outgoing connections, so that no client ever sits on one.
 PRIVATE_PORTS = range(20000, 32000)
-_handed_out: set[int] = set()
+_claims: dict[int, socket.socket] = {}
 _random = random.SystemRandom()
 
 
@@ -19,8 +19,7 @@ def free_port() -> int:
     """
     for _ in range(1000):
         port = _random.choice(PRIVATE_PORTS)
-        if port not in _handed_out and _refusal(port) is None:
-            _handed_out.add(port)
+        if _claim(port) and _refusal(port) is None:
             return port
     raise LocalError("No free port was found between 20000 and 31999: stop what holds them.")
 
@@ -40,6 +39,21 @@ def require_free(port: int) -> None:
             f"or choose another, for example make up PORT={port + 1}."
         )
     raise LocalError(f"Port {port} cannot be listened on ({refusal.strerror}): choose another with make up PORT=...")
+
+
+def _claim(port: int) -> bool:
+    """Takes a port for this process before anything listens there; the kernel gives it back when the process ends.
+
+    The claim is a socket in the abstract namespace, which all processes that share our ports see (unix(7)).
+    """
+    claim = socket.socket(socket.AF_UNIX)
+    try:
+        claim.bind(f"\0aiaas-port-{port}")
+    except OSError:
+        claim.close()
+        return False
+    _claims[port] = claim
+    return True
 
 
 def _refusal(port: int) -> OSError | None:

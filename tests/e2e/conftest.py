@@ -7,13 +7,12 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from typing import Any
 import httpx
 import pytest
 from openai import DefaultHttpxClient, OpenAI
+
+from deploy.local.ports import free_port
 
 ENGINE = os.environ.get("ENGINE", "llamacpp")
 REPLICAS = 2 if ENGINE == "vllm" else 1
@@ -112,9 +113,7 @@ def platform() -> Iterator[Platform]:
     base = Path(tempfile.mkdtemp(prefix="aiaas-e2e-", dir="/tmp"))
     base.chmod(0o755)
     state = base / "state"
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     output = (base / "output.txt").open("w+")
     command = [
         sys.executable,

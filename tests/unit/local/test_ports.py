@@ -1,12 +1,14 @@
 """Ports of the local stack."""
 
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 
 from deploy.local.errors import LocalError
-from deploy.local.ports import PRIVATE_PORTS, free_port, require_free
+from deploy.local.ports import PRIVATE_PORTS, _claims, free_port, require_free
 
 
 @pytest.fixture
@@ -29,9 +31,21 @@ def test_no_port_is_handed_out_twice() -> None:
 
 def test_a_private_port_in_use_is_never_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
     taken, free = free_port(), free_port()
+    for port in (taken, free):
+        _claims.pop(port).close()
     with socket.create_server(("127.0.0.1", taken)):
-        monkeypatch.setattr("deploy.local.ports._handed_out", set())
         choices = iter([taken, free])
+        monkeypatch.setattr("deploy.local.ports._random.choice", lambda ports: next(choices))
+        assert free_port() == free
+
+
+def test_port_that_another_process_was_given_is_never_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "from deploy.local.ports import free_port; print(free_port(), flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        given, free = int(other.stdout.readline()), free_port()
+        _claims.pop(free).close()
+        choices = iter([given, free])
         monkeypatch.setattr("deploy.local.ports._random.choice", lambda ports: next(choices))
         assert free_port() == free
 
