@@ -1,4 +1,4 @@
-"""Ports of this machine: free private ones and the public one; never hands out a port that a living process was given."""
+"""Ports of this machine: free private ones and the public one; never hands out one that a living process was given."""
 
 import errno
 import random
