@@ -1,68 +1,129 @@
 """Takes usage events from the queue exactly once into effect; it never acknowledges what is not committed.
 
-A batch is inserted and summed in one transaction, and acknowledged after it. Whatever dies between the two, the events
-come again and are known by their keys. While PostgreSQL is away nothing is acknowledged and the batch is tried again.
-An event that cannot be counted goes back alone, and after five deliveries to the dead-letter queue.
+Events are inserted and summed in transactions, and their messages acknowledged after the last. Whatever dies in
+between, the events come again and are known by their keys. While PostgreSQL is away nothing is acknowledged and
+everything is tried again.
+
+An event that cannot be counted holds up no other. A message of nothing else goes back to the queue, and after five
+deliveries to the dead-letter queue. Of a message that holds good events too, the bad ones are put into the queue as a
+message of their own before it is acknowledged; whoever dies in between leaves them there twice.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from datetime import datetime
 
+from aiaas.type.v1.usage_event_pb2 import UsageEventBatch
 from analytics import metrics
-from analytics.events import Event, UnacceptableEvent, read_event
+from analytics.events import Event, UnacceptableEvent, read_batch, read_event
 from analytics.freshness import read_mark
-from analytics.store import UsageStore
+from analytics.store import UnstorableEventsError, UsageStore
 from mesh.broker import Broker, Queue
 from mesh.clock import Clock
 
 logger = logging.getLogger(__name__)
 
+# Routers put up to 500 events and 256 KiB into one; the broker sends twice as many ahead.
+_MESSAGES = 8
 _WAIT_S = 0.1
+_PUBLISH_TIMEOUT_S = 5.0
 
 
 class Consumer:
-    """Counts what arrives in a queue."""
+    """Counts what arrives in a queue; one transaction takes `batch_size` events at most."""
 
-    def __init__(self, store: UsageStore, clock: Clock) -> None:
+    def __init__(self, store: UsageStore, broker: Broker, queue: Queue, clock: Clock, batch_size: int) -> None:
         self._store = store
+        self._broker = broker
+        self._queue = queue
         self._clock = clock
+        self._batch_size = batch_size
 
-    async def run(self, broker: Broker, queue: Queue, batch_size: int) -> None:
-        """Take batches of up to `batch_size` until cancelled."""
-        await broker.consume(queue, self.take, batch_size=batch_size, wait_s=_WAIT_S)
+    async def run(self) -> None:
+        """Take what arrives until cancelled."""
+        await self._broker.consume(self._queue, self.take, batch_size=_MESSAGES, wait_s=_WAIT_S)
 
     async def take(self, bodies: Sequence[bytes]) -> set[int]:
-        """Count a batch; returns, once it is committed, the positions of what cannot be counted.
+        """Count what can be counted; returns, once it is committed, the positions of messages of which nothing can.
 
-        Raises PlatformError(UNAVAILABLE) while PostgreSQL is away, and UnstorableEventsError for a batch of which
-        something cannot be stored.
+        Raises PlatformError(UNAVAILABLE) while PostgreSQL is away, or the broker when something must be put back.
         """
         with metrics.BATCH_SECONDS.time():
-            events, marks, refused = self._sort(bodies)
-            inserted = await self._store.insert_events(events)
-            if marks:
-                await self._store.set_complete_until(min(max(marks), self._clock.now()))
+            messages = _Messages(bodies, self._clock.now())
+            for start in range(0, len(messages.events), self._batch_size):
+                for position, event in await self._insert(messages.events[start : start + self._batch_size]):
+                    messages.refuse(position, event.body, "PostgreSQL refuses a value")
+            if messages.marks:
+                await self._store.set_complete_until(min(max(messages.marks), self._clock.now()))
+        messages.report()
+        for bad in messages.mixed():
+            body = UsageEventBatch(events=bad).SerializeToString()
+            # The nameless exchange leads to this queue alone.
+            await self._broker.publish("", self._queue.name, body, timeout_s=_PUBLISH_TIMEOUT_S)
+        return messages.refused()
+
+    async def _insert(self, events: Sequence[tuple[int, Event]]) -> Sequence[tuple[int, Event]]:
+        """Count events; returns those that PostgreSQL refuses, found by halves."""
+        try:
+            inserted = await self._store.insert_events([event for _, event in events])
+        except UnstorableEventsError:
+            if len(events) == 1:
+                return events
+            middle = len(events) // 2
+            return [*await self._insert(events[:middle]), *await self._insert(events[middle:])]
         metrics.INSERTED.inc(inserted)
         metrics.DUPLICATE.inc(len(events) - inserted)
-        metrics.REJECTED.inc(len(refused))
-        return refused
+        return ()
 
-    def _sort(self, bodies: Sequence[bytes]) -> tuple[list[Event], list[datetime], set[int]]:
-        """What can be counted, the times of the marks, and the positions of what cannot be counted."""
-        now = self._clock.now()
-        events: list[Event] = []
-        marks: list[datetime] = []
-        refused: set[int] = set()
+
+class _Messages:
+    """What lies in some messages. `events` are what may be counted, each with the position of its message; `marks`
+    the times of marks."""
+
+    def __init__(self, bodies: Sequence[bytes], now: datetime) -> None:
+        self.events: list[tuple[int, Event]] = []
+        self.marks: list[datetime] = []
+        self._sizes: dict[int, int] = {}
+        self._bad: defaultdict[int, list[bytes]] = defaultdict(list)
+        self._wrongs = Counter[str]()
         for position, body in enumerate(bodies):
             if (mark := read_mark(body)) is not None:
-                marks.append(mark)
-                continue
+                self.marks.append(mark)
+            else:
+                self._read(position, body, now)
+
+    def _read(self, position: int, body: bytes, now: datetime) -> None:
+        try:
+            events = read_batch(body)
+        except UnacceptableEvent as error:
+            self._sizes[position] = 1
+            self.refuse(position, body, str(error))
+            return
+        self._sizes[position] = len(events)
+        for event in events:
             try:
-                events.append(read_event(body, now))
+                self.events.append((position, read_event(event, now)))
             except UnacceptableEvent as error:
-                logger.warning("an event cannot be counted: %s", error)
-                refused.add(position)
-        return events, marks, refused
+                self.refuse(position, event, str(error))
+
+    def refuse(self, position: int, body: bytes, wrong: str) -> None:
+        """An event of the message at `position` cannot be counted."""
+        self._bad[position].append(body)
+        self._wrongs[wrong] += 1
+
+    def refused(self) -> set[int]:
+        """The positions of messages of which nothing can be counted."""
+        return {position for position, bad in self._bad.items() if len(bad) == self._sizes[position]}
+
+    def mixed(self) -> list[list[bytes]]:
+        """What cannot be counted of each message of which something can."""
+        return [bad for position, bad in self._bad.items() if len(bad) < self._sizes[position]]
+
+    def report(self) -> None:
+        """Tell operators what cannot be counted, once for many."""
+        if self._wrongs:
+            metrics.REJECTED.inc(self._wrongs.total())
+            logger.warning("%d events cannot be counted: %s", self._wrongs.total(), ", ".join(self._wrongs))

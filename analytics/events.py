@@ -1,18 +1,22 @@
-"""Reads one usage event from the queue and holds it to what its contract promises; it never stores or counts one."""
+"""Reads usage events from the queue and holds each to what its contract promises; it never stores or counts one."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
 
-from aiaas.type.v1.usage_event_pb2 import Endpoint, Outcome, UsageEvent
+from aiaas.type.v1.usage_event_pb2 import Endpoint, Outcome, UsageEvent, UsageEventBatch
 
 SCHEMA_VERSION = 1
 """The meaning of events that is understood here."""
 
-BODY_BYTES = 64 * 1024
+BATCH_BYTES = 1024 * 1024
+"""Size of a batch; an honest one has at most about a quarter of it."""
+
+EVENT_BYTES = 64 * 1024
 """Size of an event; an honest one has about a hundredth of it."""
 
 TEXT_BYTES = 256
@@ -35,7 +39,7 @@ _OUTCOMES = frozenset(Outcome.values()) - {Outcome.OUTCOME_UNSPECIFIED}
 
 
 class UnacceptableEvent(Exception):
-    """The body is not a usage event that can be counted. Says what is wrong, and repeats nothing of it."""
+    """No usage event that can be counted, or no batch at all. Says what is wrong, and repeats nothing of it."""
 
 
 class Event(NamedTuple):
@@ -58,18 +62,32 @@ class Event(NamedTuple):
     body: bytes
 
 
+def read_batch(body: bytes) -> Sequence[bytes]:
+    """The events in `body`, a serialized UsageEventBatch; each is still serialized. Raises UnacceptableEvent."""
+    if len(body) > BATCH_BYTES:
+        raise UnacceptableEvent("batch is too large")
+    try:
+        events = UsageEventBatch.FromString(body).events
+    except DecodeError:
+        raise UnacceptableEvent("body is no UsageEventBatch") from None
+    # Much that is no batch reads as one without events.
+    if not events:
+        raise UnacceptableEvent("batch is empty")
+    return events
+
+
 def read_event(body: bytes, now: datetime) -> Event:
     """The event in `body`, a serialized UsageEvent. Raises UnacceptableEvent.
 
     Only what would make sums wrong, or the database refuse a whole batch, is refused. An endpoint that is newer than
     this code is not; an outcome is, since it decides what is a failure and what is billed.
     """
-    if len(body) > BODY_BYTES:
-        raise UnacceptableEvent("body is too large")
+    if len(body) > EVENT_BYTES:
+        raise UnacceptableEvent("event is too large")
     try:
         message = UsageEvent.FromString(body)
     except DecodeError:
-        raise UnacceptableEvent("body is no UsageEvent") from None
+        raise UnacceptableEvent("event is no UsageEvent") from None
     if message.schema_version != SCHEMA_VERSION:
         raise UnacceptableEvent("schema_version is unknown")
     refused = message.outcome == Outcome.OUTCOME_REFUSED

@@ -85,7 +85,7 @@ def read_mark(body: bytes) -> datetime | None:
 class Publishing(Protocol):
     """The broker, as far as it is needed here."""
 
-    async def publish(self, exchange: str, routing_key: str, body: bytes, *, message_id: str, timeout_s: float) -> None:
+    async def publish(self, exchange: str, routing_key: str, body: bytes, *, timeout_s: float) -> None:
         """Returns when the broker has confirmed. Raises PlatformError."""
 
 
@@ -118,4 +118,4 @@ class Marks:
         """Put one mark into the queue. Raises PlatformError(UNAVAILABLE)."""
         # The nameless exchange leads to this queue alone: whoever else listens to usage never meets a mark.
         body = write_mark(self._clock.now())
-        await self._broker.publish("", self._queue_name, body, message_id="", timeout_s=_PUBLISH_TIMEOUT_S)
+        await self._broker.publish("", self._queue_name, body, timeout_s=_PUBLISH_TIMEOUT_S)

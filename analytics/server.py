@@ -49,7 +49,7 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
         resources.push_async_callback(authenticator.close)
 
         store = UsageStore(database)
-        consumer = Consumer(store, clock)
+        consumer = Consumer(store, broker, USAGE, clock, config.batch_size)
         marks = Marks(broker, USAGE.name, store, clock)
         metrics.LAG_SECONDS.set_function(marks.lag_s)
         usage_service = UsageService(store, clock)  # type: ignore[abstract]  # ExplainCharge comes later
@@ -72,7 +72,7 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
         async with asyncio.TaskGroup() as tasks:
             background = [
                 tasks.create_task(keep_partitions(store, clock), name="partitions"),
-                tasks.create_task(consumer.run(broker, USAGE, config.batch_size), name="consumer"),
+                tasks.create_task(consumer.run(), name="consumer"),
                 tasks.create_task(marks.run(), name="marks"),
                 tasks.create_task(listen(redis, authenticator), name="revocations"),
             ]

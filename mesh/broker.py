@@ -57,12 +57,12 @@ class Broker:
         self._exchanges: dict[str, AbstractExchange] = {}
         self._opening = asyncio.Lock()
 
-    async def publish(self, exchange: str, routing_key: str, body: bytes, *, message_id: str, timeout_s: float) -> None:
+    async def publish(self, exchange: str, routing_key: str, body: bytes, *, timeout_s: float) -> None:
         """Returns when the broker has confirmed a persistent message and a queue has it.
 
         Raises PlatformError(UNAVAILABLE) when it has not within `timeout_s`; the message may be there all the same.
         """
-        message = aio_pika.Message(body, message_id=message_id, delivery_mode=aio_pika.DeliveryMode.PERSISTENT)
+        message = aio_pika.Message(body, delivery_mode=aio_pika.DeliveryMode.PERSISTENT)
         channel: AbstractChannel | None = None
         try:
             async with asyncio.timeout(timeout_s):

@@ -8,13 +8,13 @@ A configuration is a frozen dataclass whose fields are made with `setting`:
         port: Annotated[int, msgspec.Meta(ge=1, le=65535)] = setting("ROUTER_PORT", "gRPC port", default=7002)
 
 Fields may be str, int, float, bool, tuple[str, ...], Literal, or one of these with constraints or `| None`. An empty
-variable counts as absent.
+variable counts as absent. A field may also be a configuration itself: its variables are read as its own class says.
 """
 
 import dataclasses
 import enum
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, is_dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -76,6 +76,11 @@ def load(cls: type[T], environ: Mapping[str, str]) -> T:
     """
     values: dict[str, Any] = {}
     problems: list[Problem] = []
+    for name, inner in _inner(cls):
+        try:
+            values[name] = load(inner, environ)
+        except ConfigError as error:
+            problems.extend(error.problems)
     for field, kind in _fields(cls):
         variable = field.metadata["variable"]
         raw = environ.get(variable, "").strip()
@@ -98,7 +103,8 @@ def load(cls: type[T], environ: Mapping[str, str]) -> T:
 
 def describe(cls: type) -> list[Description]:
     """Every variable of a configuration class, in the order of its fields."""
-    return [
+    inner = [description for _, part in _inner(cls) for description in describe(part)]
+    return inner + [
         Description(
             variable=field.metadata["variable"],
             type=_in_words(kind),
@@ -111,7 +117,8 @@ def describe(cls: type) -> list[Description]:
 
 def show(config: object) -> list[tuple[str, str]]:
     """Each variable of a loaded configuration with its value as it would be written; secrets are masked."""
-    return [
+    inner = {row for name, _ in _inner(type(config)) for row in show(getattr(config, name))}
+    return sorted(inner) + [
         (field.metadata["variable"], _shown(getattr(config, field.name), field.metadata["secret"]))
         for field, _ in _fields(type(config))
     ]
@@ -120,6 +127,10 @@ def show(config: object) -> list[tuple[str, str]]:
 def _fields(cls: type) -> list[tuple[dataclasses.Field[Any], Any]]:
     hints = get_type_hints(cls, include_extras=True)
     return [(field, hints[field.name]) for field in dataclasses.fields(cls) if "variable" in field.metadata]
+
+
+def _inner(cls: type) -> list[tuple[str, type]]:
+    return [(name, kind) for name, kind in get_type_hints(cls).items() if isinstance(kind, type) and is_dataclass(kind)]
 
 
 def _split(raw: str) -> list[str]:

@@ -265,7 +265,8 @@ class PlatformError(Exception):
 
     `field` names the request field that is wrong, as the caller wrote it. `description` replaces the catalog's
     sentence and is public: it never holds a secret, a prompt or another tenant's data. `retry_after_s` tells in how
-    many seconds another try makes sense. Details fill the sentence's placeholders and travel as ErrorInfo metadata.
+    many seconds another try makes sense. Details fill the sentence's placeholders and travel as ErrorInfo metadata;
+    "x-should-retry" is "false" where no wait would help, and a rate limit's x-ratelimit-* become headers.
     """
 
     def __init__(
@@ -413,7 +414,9 @@ def response_headers(error: BaseException) -> dict[str, str]:
     headers: dict[str, str] = {}
     if known.entry.http == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    if known.reason is Reason.INSUFFICIENT_QUOTA:
+    if known.reason is Reason.RATE_LIMIT_EXCEEDED:
+        headers |= {name: value for name, value in known.details.items() if name.startswith("x-ratelimit-")}
+    if known.reason is Reason.INSUFFICIENT_QUOTA or known.details.get("x-should-retry") == "false":
         # OpenAI's clients retry every 429 unless told otherwise, and no retry brings back a spent budget.
         headers["x-should-retry"] = "false"
     elif known.retry_after_s is not None or known.entry.http in (429, 503):

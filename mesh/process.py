@@ -21,7 +21,8 @@ from typing import TypeVar
 import uvloop
 
 from mesh.config import ConfigError, load, show
-from mesh.telemetry import configure_logging, configure_tracing
+from mesh.telemetry import configure_logging
+from mesh.tracing import configure_tracing
 
 C = TypeVar("C")
 

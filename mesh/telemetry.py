@@ -1,4 +1,4 @@
-"""Logs as JSON lines and traces over OTLP, set up once for each process; nothing secret leaves through either.
+"""Logs as JSON lines, set up once for each process; nothing secret leaves through them.
 
 Metrics need no set-up: they live in prometheus_client's default registry, with names that begin with `aiaas_`.
 """
@@ -8,16 +8,10 @@ import logging
 import math
 import re
 import traceback
-from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
 from opentelemetry import trace
-from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.resources import SERVICE_NAME, Resource
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 
 from mesh import context
 
@@ -161,19 +155,3 @@ def configure_logging(service: str, level: str = "INFO", *, stream: TextIO | Non
     handler.setFormatter(JsonFormatter(service))
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
     logging.captureWarnings(True)
-
-
-def configure_tracing(service: str, endpoint: str | None, ratio: float = 1.0) -> Callable[[], None]:
-    """Export the spans of this process over OTLP/gRPC to `endpoint` (http://host:port, or https:// for TLS).
-
-    A caller's decision to sample is kept; traces that begin here are sampled by `ratio`, 0 to 1. Without an endpoint
-    nothing is recorded. Returns what sends the last spans off and ends the export.
-    """
-    if not endpoint:
-        return lambda: None
-    provider = TracerProvider(
-        resource=Resource.create({SERVICE_NAME: service}), sampler=ParentBased(TraceIdRatioBased(ratio))
-    )
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
-    trace.set_tracer_provider(provider)
-    return provider.shutdown

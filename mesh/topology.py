@@ -2,5 +2,8 @@
 
 from mesh.broker import Queue
 
-USAGE = Queue("analytics.usage.v1", exchange="usage", routing_key="usage.v1")
-"""The usage events of all routers, on their way to analytics. Each body is an aiaas.type.v1.UsageEvent."""
+USAGE = Queue("analytics.usage.v2", exchange="usage", routing_key="usage.v2")
+"""The usage events of all routers, on their way to analytics. Each body is an aiaas.type.v1.UsageEventBatch.
+
+The number counts the meanings of a body: protobuf reads a body of one meaning as another without complaint, so each
+has a queue of its own. In version 1 a body was a single UsageEvent."""

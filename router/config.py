@@ -18,7 +18,9 @@ class RouterConfig:
     database_url: str = setting(
         "AIAAS_ROUTER_DATABASE_URL", "postgresql://... of the router's own database", secret=True
     )
-    redis_url: str = setting("AIAAS_ROUTER_REDIS_URL", "redis://... that revocations are announced on", secret=True)
+    redis_url: str = setting(
+        "AIAAS_ROUTER_REDIS_URL", "redis://... that keeps rate limits and announces revocations", secret=True
+    )
     amqp_url: str = setting("AIAAS_ROUTER_AMQP_URL", "amqp://... that usage events are published to", secret=True)
     identity_target: str = setting("AIAAS_ROUTER_IDENTITY_TARGET", "gRPC target of identity, which judges credentials")
     grpc_address: str = setting(
@@ -45,6 +47,26 @@ class RouterConfig:
     )
     drain_s: Annotated[float, msgspec.Meta(ge=0)] = setting(
         "AIAAS_ROUTER_DRAIN_S", "seconds that running requests may go on after a signal to stop", default=30.0
+    )
+    default_requests_per_second: Annotated[float, msgspec.Meta(gt=0)] = setting(
+        "AIAAS_ROUTER_DEFAULT_REQUESTS_PER_SECOND",
+        "sustained requests per second of an organization, and of a key, that has no limit of its own",
+        default=100.0,
+    )
+    default_burst_requests: Annotated[int, msgspec.Meta(ge=1)] = setting(
+        "AIAAS_ROUTER_DEFAULT_BURST_REQUESTS",
+        "requests that may come at once at that rate; at another rate as many seconds' worth",
+        default=200,
+    )
+    default_concurrent_requests: Annotated[int, msgspec.Meta(ge=1)] = setting(
+        "AIAAS_ROUTER_DEFAULT_CONCURRENT_REQUESTS",
+        "requests in flight of an organization, and of a key, that has no limit of its own",
+        default=64,
+    )
+    default_tokens_per_minute: Annotated[int, msgspec.Meta(ge=1)] | None = setting(
+        "AIAAS_ROUTER_DEFAULT_TOKENS_PER_MINUTE",
+        "tokens per minute of an organization, and of a key, that has no limit of its own; none where it is not set",
+        default=None,
     )
     reflection: bool = setting("AIAAS_ROUTER_REFLECTION", "whether gRPC reflection is served", default=True)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = setting(

@@ -6,7 +6,7 @@ import asyncio
 from typing import Protocol
 
 from router.backends import Backend, BackendState, Registry
-from router.upstream import UpstreamError
+from router.http1 import UpstreamError
 
 
 class Probe(Protocol):

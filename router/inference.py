@@ -8,33 +8,35 @@ awaiting anything, so that no cancellation can come between.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ipaddress
 import logging
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
+from typing import Protocol
+
+import msgspec
 
 from aiaas.type.v1 import usage_event_pb2
 from aiaas.type.v1.usage_event_pb2 import TokenUsage
 from mesh.auth import Principal
 from mesh.clock import Clock
 from mesh.errors import PlatformError, Reason
+from mesh.tracing import Span
 from router import metrics, requests, sse
+from router.answer_stream import AnswerStream, EngineFaultError
 from router.backends import Registry, Served
-from router.models import ENDPOINT_NAMES, Model
-from router.publisher import UsageRecorder
-from router.requests import ParsedRequest
-from router.routing import RETRY_AFTER_S, Routing, check_endpoint
-from router.upstream import (
-    ConnectionLostError,
+from router.http1 import (
     ConnectionRefusedUpstreamError,
-    Timeouts,
-    Upstream,
     UpstreamAnswer,
     UpstreamError,
     UpstreamTimeoutError,
 )
+from router.models import ENDPOINT_NAMES, Model
+from router.publisher import UsageRecorder
+from router.rate_limits import Permit
+from router.requests import ParsedRequest
+from router.routing import RETRY_AFTER_S, Routing, check_endpoint
+from router.upstream import Timeouts, Upstream
 from router.usage import AttemptRecord, UsageRecord, build_event
 
 logger = logging.getLogger(__name__)
@@ -44,19 +46,18 @@ ATTEMPTS = 2
 
 _ANSWER_BYTES = 64 << 20
 _FAULT_BYTES = 64 << 10
-# gRPC takes messages of at most 4 MiB.
+# gRPC takes messages of at most 8 MiB.
 _PIECE_BYTES = 1 << 20
 # A call's deadline reaches its caller as an error of its own; what ends so shortly before it ended by it.
 _DEADLINE_SLACK_S = 0.05
-# After the closing marker an engine has nothing more to say but the end of its answer.
-_LAST_WORD_S = 0.25
+_OUTCOME_NAMES = {number: name.removeprefix("OUTCOME_").lower() for name, number in usage_event_pb2.Outcome.items()}
 _STREAM = "text/event-stream"
 _JSON = "application/json"
 
 
-@dataclass(frozen=True, slots=True)
-class InferenceRequest:
-    """A request of an authenticated principal. `deadline` is in monotonic seconds; None means none."""
+class InferenceRequest(msgspec.Struct, frozen=True):
+    """A request of an authenticated principal. `deadline` is in monotonic seconds; None means none. `span` is that of a
+    request which is traced; it is ended by whoever began it."""
 
     request_id: str
     endpoint: usage_event_pb2.Endpoint.ValueType
@@ -65,20 +66,20 @@ class InferenceRequest:
     client_address: str = ""
     idempotency_key: str = ""
     deadline: float | None = None
+    span: Span | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
-    """What is known before the first byte."""
+class Head(msgspec.Struct, frozen=True):
+    """What is known before the first byte. `headers` are for the client."""
 
     request_id: str
     content_type: str
     model: str
     backend_id: str
+    headers: tuple[tuple[str, str], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Tail:
+class Tail(msgspec.Struct, frozen=True):
     """What is known after the last byte."""
 
     usage: TokenUsage
@@ -86,8 +87,25 @@ class Tail:
     outcome: usage_event_pb2.Outcome.ValueType
 
 
-Part = Head | bytes | Tail
-"""A step of an answer: one head, then data, then one tail."""
+class Reader(Protocol):
+    """Who gets an answer: one head, then data, then one tail. It takes each at once and waits for nothing; one that
+    cannot keep up says so by `Inference.pause`."""
+
+    def head(self, head: Head) -> None:
+        """Take what is known before the first byte."""
+
+    def data(self, data: bytes) -> None:
+        """Take bytes of the answer, 1 MiB at most of a document, and of a stream what one read brought."""
+
+    def tail(self, tail: Tail) -> None:
+        """Take what is known after the last byte."""
+
+
+class Limiter(Protocol):
+    """Who says whether there is room for a request."""
+
+    async def admit(self, principal: Principal, model: str, ceiling_tokens: int) -> Permit:
+        """Reserve room for a request of so many tokens. Raises PlatformError(RATE_LIMIT_EXCEEDED)."""
 
 
 class _BackendFailedError(Exception):
@@ -106,6 +124,7 @@ class Engine:
         self,
         registry: Registry,
         routing: Routing,
+        limiter: Limiter,
         upstream: Upstream,
         recorder: UsageRecorder,
         clock: Clock,
@@ -114,23 +133,40 @@ class Engine:
     ) -> None:
         self.registry = registry
         self.routing = routing
+        self.limiter = limiter
         self.upstream = upstream
         self.recorder = recorder
         self.clock = clock
         self.timeouts = timeouts
         self.router_id = router_id
 
-    def begin(self, request: InferenceRequest) -> Inference:
-        """An inference that is admitted now and runs when its parts are asked for."""
-        return Inference(self, request)
+    def begin(self, request: InferenceRequest, reader: Reader) -> Inference:
+        """An inference that begins now, and goes on when it is run."""
+        return Inference(self, request, reader)
 
 
 class Inference:
-    """One request on its way. Iterate `parts()` to its end, or call `abandon()`."""
+    """One request on its way. Await `run()`; whoever does not, or cannot wait for its end, calls `abandon()`."""
 
-    def __init__(self, engine: Engine, request: InferenceRequest) -> None:
+    __slots__ = (
+        "_answer",
+        "_engine",
+        "_has_expired",
+        "_permit",
+        "_reader",
+        "_record",
+        "_request",
+        "_served",
+        "_settled",
+        "_task",
+        "_timer",
+        "_watch",
+    )
+
+    def __init__(self, engine: Engine, request: InferenceRequest, reader: Reader) -> None:
         self._engine = engine
         self._request = request
+        self._reader = reader
         self._record = UsageRecord(
             request_id=request.request_id,
             endpoint=request.endpoint,
@@ -139,51 +175,52 @@ class Inference:
             admitted=engine.clock.monotonic(),
             idempotency_key=request.idempotency_key,
         )
+        self._task: asyncio.Task[object] | None = None
+        self._permit: Permit | None = None
         self._served: Served | None = None
         self._answer: UpstreamAnswer | None = None
         self._watch: sse.EventWatch | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._has_expired = False
         self._settled = False
 
-    async def parts(self) -> AsyncGenerator[Part, None]:
-        """The answer: a head, data, a tail.
+    async def run(self) -> None:
+        """Give the reader its answer; returns when it has the tail.
 
         Raises PlatformError: before the head for what is the client's fault (INVALID_JSON, UNKNOWN_FIELD,
-        INVALID_ARGUMENT, MODEL_NOT_FOUND, PERMISSION_DENIED) or the platform's (UNAVAILABLE, NO_BACKEND_AVAILABLE,
-        BACKEND_ERROR, BACKEND_TIMEOUT); after it BACKEND_ERROR or BACKEND_TIMEOUT for an answer that broke off;
-        DEADLINE_EXCEEDED at any time.
+        INVALID_ARGUMENT, MODEL_NOT_FOUND, PERMISSION_DENIED), for want of room (RATE_LIMIT_EXCEEDED), for what is the
+        platform's (UNAVAILABLE, NO_BACKEND_AVAILABLE, BACKEND_ERROR, BACKEND_TIMEOUT); after it BACKEND_ERROR or
+        BACKEND_TIMEOUT for an answer that broke off; DEADLINE_EXCEEDED at any time.
         """
+        self._task = asyncio.current_task()
+        remaining_s = self._remaining_s()
+        if remaining_s is not None:
+            # What asyncio.timeout does, at a fifth of its cost.
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, remaining_s), self._expire)
         try:
-            parsed, model = self._admit()
-            if self._request.deadline is not None:
-                remaining_s = self._request.deadline - self._engine.clock.monotonic()
-                self._timer = asyncio.get_running_loop().call_later(max(0.0, remaining_s), self._expire)
-            first = await self._open(parsed, model)
-            yield self._head(parsed)
-            if parsed.stream:
-                data: bytes | None = first
-                while data is not None:
-                    if data:
-                        yield data
-                    data = await self._next_events()
-            else:
-                for start in range(0, len(first), _PIECE_BYTES):
-                    yield first[start : start + _PIECE_BYTES]
+            parsed, model = self._check()
+            self._permit = await self._engine.limiter.admit(
+                self._request.principal, model.model_id, parsed.ceiling_tokens
+            )
+            await self._answer_with(parsed, model)
             self._settle(usage_event_pb2.OUTCOME_SUCCEEDED, "")
-            yield Tail(self._record.usage, self._record.finish_reason, usage_event_pb2.OUTCOME_SUCCEEDED)
         except PlatformError as error:
             self._settle(self._outcome_of(error), error.reason.value)
             raise
-        except (asyncio.CancelledError, GeneratorExit):
+        except asyncio.CancelledError:
             self.abandon()
+            if self._has_expired and self._task is not None and self._task.uncancel() == 0:
+                raise PlatformError(Reason.DEADLINE_EXCEEDED) from None
             raise
         except BaseException:
             self._settle(self._outcome_of(PlatformError(Reason.INTERNAL)), Reason.INTERNAL.value)
             raise
+        self._reader.tail(Tail(self._record.usage, self._record.finish_reason, usage_event_pb2.OUTCOME_SUCCEEDED))
 
     def abandon(self) -> None:
-        """Nobody waits for the answer any more: close and record, unless that has happened. Whoever still iterates
-        `parts()` is cancelled."""
+        """Nobody waits for the answer any more: close and record, unless that has happened, and cancel who runs it."""
+        if self._settled:
+            return
         if self._watch is not None and self._watch.complete:
             # Clients hang up at the closing marker; they have had everything by then.
             self._settle(usage_event_pb2.OUTCOME_SUCCEEDED, "")
@@ -191,8 +228,20 @@ class Inference:
             self._settle(usage_event_pb2.OUTCOME_DEADLINE_EXCEEDED, Reason.DEADLINE_EXCEEDED.value)
         else:
             self._settle(usage_event_pb2.OUTCOME_CANCELLED, Reason.CANCELLED.value)
+        if self._task is not None and self._task is not asyncio.current_task():
+            self._task.cancel()
 
-    def _admit(self) -> tuple[ParsedRequest, Model]:
+    def pause(self) -> None:
+        """The reader does not keep up: let the engine wait, until `resume`."""
+        if self._answer is not None:
+            self._answer.pause()
+
+    def resume(self) -> None:
+        """The reader has caught up."""
+        if self._answer is not None:
+            self._answer.resume()
+
+    def _check(self) -> tuple[ParsedRequest, Model]:
         request = self._request
         if not self._engine.registry.loaded:
             # Which models there are is not known: to say that one does not exist would be a lie.
@@ -205,15 +254,8 @@ class Inference:
         check_endpoint(model, request.endpoint)
         return parsed, model
 
-    def _head(self, parsed: ParsedRequest) -> Head:
-        record = self._record
-        record.first_byte = self._engine.clock.monotonic()
-        endpoint = ENDPOINT_NAMES[record.endpoint]
-        metrics.time_to_first_token(endpoint, record.model).observe(record.first_byte - record.admitted)
-        return Head(record.request_id, _STREAM if parsed.stream else _JSON, record.model, record.backend_id)
-
-    async def _open(self, parsed: ParsedRequest, model: Model) -> bytes:
-        """Try backends until one has sent the first bytes of a stream, or a whole document; returns them."""
+    async def _answer_with(self, parsed: ParsedRequest, model: Model) -> None:
+        """Try backends until one has answered to the end, or failed where no other can help."""
         tried: list[str] = []
         failure: PlatformError | None = None
         while len(tried) < ATTEMPTS:
@@ -223,61 +265,78 @@ class Inference:
                 raise failure or none_left from None
             tried.append(served.backend.backend_id)
             try:
-                return await self._attempt(parsed, served)
+                await self._attempt(parsed, served)
+                return
             except _BackendFailedError as error:
                 logger.warning("an attempt on backend %s failed: %s", tried[-1], error.reason)
                 failure = error.answer
         raise failure or PlatformError(Reason.INTERNAL)
 
-    async def _attempt(self, parsed: ParsedRequest, served: Served) -> bytes:
+    async def _attempt(self, parsed: ParsedRequest, served: Served) -> None:
         clock = self._engine.clock
         self._record.backend_id = served.backend.backend_id
-        self._record.attempts.append(AttemptRecord(served.backend.backend_id, clock.now(), clock.monotonic()))
+        self._record.attempts.append(AttemptRecord(served.backend.backend_id, clock.monotonic()))
         self._served = served
         served.state.start_request()
         try:
-            remaining_s = None if self._request.deadline is None else self._request.deadline - clock.monotonic()
-            async with asyncio.timeout(remaining_s):
-                return await self._ask(parsed, served)
+            await self._ask(parsed, served)
+            return
         except UpstreamError as error:
-            if self._is_past_deadline():
-                raise PlatformError(Reason.DEADLINE_EXCEEDED) from None
             failure = self._failure_of(error, served)
-        except TimeoutError:
-            raise PlatformError(Reason.DEADLINE_EXCEEDED) from None
+        except sse.EventTooLongError:
+            failure = _failed("backend_garbage")
         except _BackendFailedError as error:
             failure = error
+        if self._record.first_byte is not None:
+            # The client has had bytes: no other backend can help any more.
+            raise PlatformError(
+                Reason.BACKEND_TIMEOUT if failure.answer.reason is Reason.BACKEND_TIMEOUT else Reason.BACKEND_ERROR
+            )
         self._end_attempt(failure.reason)
         self._watch = None
         raise failure
 
-    async def _ask(self, parsed: ParsedRequest, served: Served) -> bytes:
+    async def _ask(self, parsed: ParsedRequest, served: Served) -> None:
         engine = self._engine
         timeouts = engine.timeouts
         if served.backend.first_byte_timeout_millis:
             timeouts = replace(timeouts, first_byte_s=served.backend.first_byte_timeout_millis / 1000)
         body = parsed.upstream_body(served.upstream_model)
         answer = await engine.upstream.open(served.backend, parsed.path, body, timeouts, streamed=parsed.stream)
-        if self._settled:
-            # Abandoned in the meantime; nobody else knows of this answer.
-            answer.close()
-            raise asyncio.CancelledError
         self._answer = answer
         if answer.status != 200:
-            raise _judge(answer.status, sse.read_fault(await _read_whole(answer, _FAULT_BYTES), answer.status))
+            raise _judge(answer.status, sse.read_fault(await answer.read(_FAULT_BYTES), answer.status))
         if answer.content_type != (_STREAM if parsed.stream else _JSON):
             raise _failed("backend_misconfigured")
         if not parsed.stream:
-            return self._read_document(await _read_whole(answer, _ANSWER_BYTES))
+            document = await answer.read(_ANSWER_BYTES)
+            self._read_usage(document)
+            self._begin(_JSON)
+            for start in range(0, len(document), _PIECE_BYTES):
+                self._reader.data(document[start : start + _PIECE_BYTES])
+            return
         self._watch = sse.EventWatch(
             responses=parsed.endpoint == usage_event_pb2.ENDPOINT_RESPONSES, strip_usage=not parsed.wants_usage
         )
-        data: bytes | None = b""
-        while data == b"":
-            data = await self._read_events()
-        return data or b""
+        try:
+            await AnswerStream(answer, self._watch, self._begin_stream, self._reader.data).run()
+        except EngineFaultError as error:
+            raise _judge(error.fault.status, error.fault) from None
 
-    def _read_document(self, document: bytes) -> bytes:
+    def _begin(self, content_type: str) -> None:
+        record = self._record
+        record.first_byte = self._engine.clock.monotonic()
+        endpoint = ENDPOINT_NAMES[record.endpoint]
+        metrics.time_to_first_token(endpoint, record.model).observe(
+            record.first_byte - record.admitted, self._exemplar()
+        )
+        headers = () if self._permit is None else self._permit.headers
+        self._reader.head(Head(record.request_id, content_type, record.model, record.backend_id, headers))
+
+    def _begin_stream(self) -> None:
+        self._begin(_STREAM)
+
+    def _read_usage(self, document: bytes) -> None:
         record = self._record
         try:
             usage, record.finish_reason = sse.read_answer(
@@ -290,47 +349,6 @@ class Inference:
         else:
             record.usage_source = usage_event_pb2.USAGE_SOURCE_COUNTED
             logger.warning("backend %s answered without usage", record.backend_id)
-        return document
-
-    async def _read_events(self) -> bytes | None:
-        """The next events as they go to the client, which may be none; None at the end of a whole stream.
-
-        Raises UpstreamError for a stream that breaks off or never ends an event, _BackendFailedError or PlatformError
-        for an error that the engine sent as an event.
-        """
-        answer, watch = self._answer, self._watch
-        if answer is None or watch is None:
-            # Abandoned while the client was reading.
-            raise asyncio.CancelledError
-        if watch.fault is not None:
-            raise _judge(watch.fault.status, watch.fault)
-        if watch.complete:
-            with contextlib.suppress(UpstreamError, TimeoutError, StopAsyncIteration):
-                async with asyncio.timeout(_LAST_WORD_S):
-                    await anext(answer.chunks)
-            return None
-        chunk = await anext(answer.chunks, b"")
-        if chunk:
-            try:
-                return watch.feed(chunk)
-            except sse.EventTooLongError:
-                raise _failed("backend_garbage") from None
-        rest = watch.end()
-        if rest is None:
-            raise ConnectionLostError("it ended its answer too early")
-        return rest
-
-    async def _next_events(self) -> bytes | None:
-        """`_read_events` once the client has had bytes: no other backend can help any more."""
-        try:
-            return await self._read_events()
-        except UpstreamTimeoutError:
-            broken = PlatformError(Reason.BACKEND_TIMEOUT)
-        except (UpstreamError, _BackendFailedError):
-            broken = PlatformError(Reason.BACKEND_ERROR)
-        if self._is_past_deadline():
-            broken = PlatformError(Reason.DEADLINE_EXCEEDED)
-        raise broken
 
     def _failure_of(self, error: UpstreamError, served: Served) -> _BackendFailedError:
         if isinstance(error, ConnectionRefusedUpstreamError):
@@ -341,17 +359,19 @@ class Inference:
         return _failed(error.reason)
 
     def _expire(self) -> None:
-        # Whoever waits for the engine's next bytes sees the connection end, and finds the deadline past.
-        if self._answer is not None:
-            self._answer.close()
+        self._has_expired = True
+        if self._task is not None:
+            self._task.cancel()
+
+    def _remaining_s(self) -> float | None:
+        deadline = self._request.deadline
+        return None if deadline is None else deadline - self._engine.clock.monotonic()
 
     def _is_past_deadline(self) -> bool:
-        deadline = self._request.deadline
-        return deadline is not None and self._engine.clock.monotonic() >= deadline - _DEADLINE_SLACK_S
+        remaining_s = self._remaining_s()
+        return remaining_s is not None and remaining_s <= _DEADLINE_SLACK_S
 
     def _outcome_of(self, error: PlatformError) -> usage_event_pb2.Outcome.ValueType:
-        if error.reason is Reason.DEADLINE_EXCEEDED:
-            return usage_event_pb2.OUTCOME_DEADLINE_EXCEEDED
         if self._record.first_byte is not None:
             return usage_event_pb2.OUTCOME_TRUNCATED
         if error.entry.http < 500 or error.reason is Reason.UNIMPLEMENTED:
@@ -387,10 +407,39 @@ class Inference:
                 record.usage_source = usage_event_pb2.USAGE_SOURCE_COUNTED
         ended = self._engine.clock.monotonic()
         endpoint = ENDPOINT_NAMES.get(record.endpoint, "unknown")
-        outcome_name = usage_event_pb2.Outcome.Name(outcome).removeprefix("OUTCOME_").lower()
-        metrics.requests(endpoint, record.model, outcome_name).inc()
-        metrics.request_duration(endpoint, record.model).observe(ended - record.admitted)
+        metrics.requests(endpoint, record.model, _OUTCOME_NAMES[outcome]).inc()
+        metrics.request_duration(endpoint, record.model).observe(ended - record.admitted, self._exemplar())
+        if self._permit is not None:
+            self._permit.settle(record.usage.prompt_tokens + record.usage.completion_tokens)
+        if self._request.span is not None:
+            _describe(self._request.span, record, _OUTCOME_NAMES[outcome], reason)
         self._engine.recorder.record(build_event(record, outcome, reason, ended, self._engine.router_id))
+
+    def _exemplar(self) -> dict[str, str] | None:
+        span = self._request.span
+        return None if span is None else {"trace_id": span.trace_id}
+
+
+def _describe(span: Span, record: UsageRecord, outcome: str, reason: str) -> None:
+    """Say on its span what became of a request."""
+    span.set(
+        operation=ENDPOINT_NAMES.get(record.endpoint, "unknown"),
+        model=record.model,
+        is_stream=record.streamed,
+        organization_id=record.principal.organization_id,
+        request_id=record.request_id,
+        backend_id=record.backend_id,
+        attempt=len(record.attempts),
+        outcome=outcome,
+        input_tokens=record.usage.prompt_tokens,
+        cached_tokens=record.usage.cached_prompt_tokens,
+        output_tokens=record.usage.completion_tokens,
+        finish_reasons=[record.finish_reason] if record.finish_reason else [],
+    )
+    if record.first_byte is not None:
+        span.set(time_to_first_chunk_s=record.first_byte - record.admitted)
+    if reason:
+        span.fail(reason)
 
 
 def check_network(allowed_networks: tuple[str, ...], client_address: str) -> None:
@@ -412,17 +461,6 @@ def check_network(allowed_networks: tuple[str, ...], client_address: str) -> Non
 @lru_cache(maxsize=10_000)
 def _networks(allowed_networks: tuple[str, ...]) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
     return tuple(ipaddress.ip_network(network, strict=False) for network in allowed_networks)
-
-
-async def _read_whole(answer: UpstreamAnswer, limit_bytes: int) -> bytes:
-    pieces = []
-    length = 0
-    async for chunk in answer.chunks:
-        length += len(chunk)
-        if length > limit_bytes:
-            raise _failed("backend_garbage")
-        pieces.append(chunk)
-    return b"".join(pieces)
 
 
 # Statuses that an engine gives for what the router asked of it, not for what the client wrote.

@@ -23,7 +23,16 @@ REQUESTS_IN_FLIGHT = Gauge("aiaas_router_requests_in_flight", "Requests that a b
 BACKEND_HEALTHY = Gauge("aiaas_router_backend_healthy", "1 where the last probes of a backend succeeded.", ["backend"])
 USAGE_QUEUE = Gauge("aiaas_router_usage_queue_events", "Usage events that wait to be published.")
 USAGE_DROPPED = Counter("aiaas_router_usage_dropped_events", "Usage events that were lost since the queue was full.")
-USAGE_PUBLISH_FAILURES = Counter("aiaas_router_usage_publish_failures", "Tries to publish a usage event that failed.")
+USAGE_PUBLISH_FAILURES = Counter(
+    "aiaas_router_usage_publish_failures", "Tries to publish a message of usage events that failed."
+)
+
+RATE_LIMIT_DECISIONS = Counter(
+    "aiaas_router_rate_limit_decisions",
+    "Requests judged by rate limits: the limit that refused one, if any, and who judged, Redis or the router alone.",
+    ["outcome", "limit", "source"],
+)
+RATE_LIMIT_ROUTERS = Gauge("aiaas_router_rate_limit_routers", "Live routers, as this one knew last.")
 
 
 @cache

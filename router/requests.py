@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import msgspec
@@ -21,6 +20,10 @@ from mesh.errors import PlatformError, Reason
 DEPTH = 64
 """Levels of nesting that a body may have."""
 
+_BYTES_PER_TOKEN = 4
+# What a request is taken to produce that does not say how much it wants.
+_COMPLETION_TOKENS = 256
+
 _Choices = Annotated[int, Meta(ge=1, le=16)]
 _Logprobs = Annotated[int, Meta(ge=0, le=20)]
 _Tokens = Annotated[int, Meta(ge=0)]
@@ -28,7 +31,7 @@ _Stop = str | Annotated[list[str], Meta(max_length=16)]
 _Json = dict[str, Any]
 
 
-class _StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+class _StreamOptions(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None
@@ -48,11 +51,18 @@ class _ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
     annotations: list[_Json] | UnsetType | None = UNSET
 
 
-class _Request(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """What every endpoint knows. The fields of `dropped` are OpenAI's, and mean nothing to an engine."""
+class _Request(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """What every endpoint knows; None is a field that is not sent on. Those of `dropped` are OpenAI's, and mean nothing
+    to an engine."""
 
-    dropped: ClassVar[frozenset[str]] = frozenset(
-        {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
+    dropped: ClassVar[tuple[str, ...]] = (
+        "user",
+        "store",
+        "metadata",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
     )
 
     model: str
@@ -104,7 +114,7 @@ class _Sampling(_Request, kw_only=True):
 
 
 class _ChatRequest(_Sampling, kw_only=True):
-    dropped: ClassVar[frozenset[str]] = _Request.dropped | {"verbosity"}
+    dropped: ClassVar[tuple[str, ...]] = (*_Request.dropped, "verbosity")
 
     messages: Annotated[list[_ChatMessage], Meta(min_length=1)]
     max_completion_tokens: _Tokens | None = None
@@ -141,7 +151,7 @@ class _EmbeddingRequest(_Request, kw_only=True):
 
 
 class _ResponseRequest(_Request, kw_only=True):
-    dropped: ClassVar[frozenset[str]] = (_Request.dropped - {"store"}) | {"stream_options"}
+    dropped: ClassVar[tuple[str, ...]] = (*_Request.dropped, "stream_options")
 
     input: str | list[_Json]
     instructions: str | None = None
@@ -184,15 +194,18 @@ _ENCODER = msgspec.json.Encoder()
 _STATEFUL = ("background", "previous_response_id", "conversation", "prompt")
 
 
-@dataclass(frozen=True, slots=True)
-class ParsedRequest:
-    """A body that was read: what the router decides on, and the fields that go on to an engine."""
+class ParsedRequest(msgspec.Struct, frozen=True):
+    """A body that was read: what the router decides on, and what goes on to an engine.
+
+    `ceiling_tokens` is about how many tokens it may cost at most, with its prompt.
+    """
 
     endpoint: int
     model: str
     stream: bool
     wants_usage: bool
-    fields: dict[str, Any]
+    ceiling_tokens: int
+    request: _Request
 
     @property
     def path(self) -> str:
@@ -201,7 +214,8 @@ class ParsedRequest:
 
     def upstream_body(self, upstream_model: str) -> bytes:
         """The JSON body for an engine that knows the model as `upstream_model`."""
-        return _ENCODER.encode({**self.fields, "model": upstream_model})
+        self.request.model = upstream_model
+        return _ENCODER.encode(self.request)
 
 
 def parse(endpoint: int, body: bytes) -> ParsedRequest:
@@ -223,41 +237,53 @@ def parse(endpoint: int, body: bytes) -> ParsedRequest:
     except RecursionError:
         raise _too_deep() from None
     _check_depth(body)
-    fields = {
-        name: value
-        for name in request.__struct_fields__
-        if (value := getattr(request, name)) is not None and name not in request.dropped
-    }
-    stream = fields.get("stream") is True
+    for name in request.dropped:
+        setattr(request, name, None)
+    stream = False
     wants_usage = True
     if isinstance(request, _Sampling):
-        wants_usage = _ask_for_usage(request, fields, stream)
+        stream = request.stream is True
+        wants_usage = _ask_for_usage(request)
     if isinstance(request, _ChatRequest):
         for index, message in enumerate(request.messages):
-            _refuse_remote_media(message.content, f"messages.{index}.content")
+            if not isinstance(message.content, str):
+                _refuse_remote_media(message.content, f"messages.{index}.content")
     if isinstance(request, _ResponseRequest):
+        stream = request.stream is True
         for name in _STATEFUL:
-            if fields.pop(name, None):
+            if getattr(request, name):
                 raise _invalid(name, f"'{name}' is not supported: responses are not stored.")
+            setattr(request, name, None)
         # An engine may store by default what any caller could then read.
-        fields["store"] = False
+        request.store = False
         _refuse_remote_media(request.input, "input")
-    return ParsedRequest(endpoint, request.model, stream, wants_usage, fields)
+    ceiling_tokens = len(body) // _BYTES_PER_TOKEN + _completion_tokens(request)
+    return ParsedRequest(endpoint, request.model, stream, wants_usage, ceiling_tokens, request)
 
 
-def _ask_for_usage(request: _Sampling, fields: dict[str, Any], stream: bool) -> bool:
+def _completion_tokens(request: _Request) -> int:
+    if isinstance(request, _ChatRequest):
+        return (request.max_completion_tokens or request.max_tokens or _COMPLETION_TOKENS) * (request.n or 1)
+    if isinstance(request, _CompletionRequest):
+        return (request.max_tokens or _COMPLETION_TOKENS) * (request.n or 1)
+    if isinstance(request, _ResponseRequest):
+        return request.max_output_tokens or _COMPLETION_TOKENS
+    return 0
+
+
+def _ask_for_usage(request: _Sampling) -> bool:
     """Have the engine tell usage at the end of a stream; returns whether the client asked for that as well."""
     options = request.stream_options
-    if not stream:
+    if not request.stream:
         if options is not None:
             raise _invalid("stream_options", "'stream_options' is only allowed when 'stream' is true.")
         return True
-    fields["stream_options"] = {"include_usage": True}
-    if options is None or not options.include_usage:
-        return False
-    if options.continuous_usage_stats is not None:
-        fields["stream_options"]["continuous_usage_stats"] = options.continuous_usage_stats
-    return True
+    wants_usage = options is not None and options.include_usage is True
+    request.stream_options = _StreamOptions(
+        include_usage=True,
+        continuous_usage_stats=options.continuous_usage_stats if options is not None and wants_usage else None,
+    )
+    return wants_usage
 
 
 def _refuse_remote_media(value: Any, place: str) -> None:

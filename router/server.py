@@ -8,6 +8,7 @@ import functools
 import os
 import secrets
 import socket
+from collections.abc import Callable
 from typing import Any
 
 from google.protobuf.descriptor import ServiceDescriptor
@@ -30,9 +31,11 @@ from mesh.channel import connect
 from mesh.clock import SystemClock
 from mesh.database import Database
 from mesh.errors import PlatformError
+from mesh.ids import new_id
 from mesh.interceptors import chain
 from mesh.ops import OpsServer
 from mesh.revocations import listen
+from mesh.scripts import Scripts
 from mesh.server import AddServicer, GrpcServer
 from mesh.topology import USAGE
 from router.backend_service import BackendService
@@ -43,6 +46,8 @@ from router.inference import Engine
 from router.inference_service import InferenceService
 from router.model_service import ModelService
 from router.publisher import UsagePublisher
+from router.rate_limits import RATE_LIMITS, ROUTERS, Defaults, RateLimiter
+from router.relay import Relays
 from router.routing import Routing
 from router.store import Store
 from router.upstream import HttpUpstream, Timeouts
@@ -50,8 +55,11 @@ from router.upstream import HttpUpstream, Timeouts
 _FLUSH_S = 5.0
 
 
-async def serve(config: RouterConfig, stop: asyncio.Event) -> None:
-    """Serve until `stop` is set, then drain.
+async def serve(
+    config: RouterConfig, stop: asyncio.Event, *, announce: Callable[[Relays], None] = lambda _: None
+) -> None:
+    """Serve until `stop` is set, then drain. `announce` gets the relays once they can be opened: an edge in the same
+    process opens one without gRPC.
 
     Raises mesh.server.AddressInUseError, OSError for a taken operations port, and the group of what ended a background
     task, of which none may end before the process does.
@@ -64,6 +72,7 @@ async def serve(config: RouterConfig, stop: asyncio.Event) -> None:
         resources.push_async_callback(database.close)
         redis = Cache(config.redis_url, clock)
         resources.push_async_callback(redis.close)
+        scripts = Scripts(config.redis_url, clock, RATE_LIMITS, ROUTERS)
         broker = Broker(config.amqp_url, USAGE)
         resources.push_async_callback(broker.close)
         identity = await resources.enter_async_context(
@@ -79,10 +88,22 @@ async def serve(config: RouterConfig, stop: asyncio.Event) -> None:
         store = Store(database)
         registry = Registry(store)
         prober = HealthProber(registry, upstream)
+        limiter = RateLimiter(
+            scripts,
+            clock,
+            new_id("router"),
+            Defaults(
+                config.default_requests_per_second,
+                config.default_burst_requests,
+                config.default_concurrent_requests,
+                config.default_tokens_per_minute,
+            ),
+        )
         publisher = UsagePublisher(broker, random)
         engine = Engine(
             registry=registry,
             routing=Routing(random),
+            limiter=limiter,
             upstream=upstream,
             recorder=publisher,
             clock=clock,
@@ -94,9 +115,10 @@ async def serve(config: RouterConfig, stop: asyncio.Event) -> None:
             ),
             router_id=f"{socket.gethostname()}/{config.grpc_address}",
         )
+        relays = Relays(engine, authenticator)
         grpc_server = GrpcServer(
             config.grpc_address,
-            _services(store, registry, engine),
+            _services(store, registry, InferenceService(engine, registry, relays)),
             chain(authenticator, traced=config.otlp_endpoint is not None),
             reflect=config.reflection,
             drain_s=config.drain_s,
@@ -115,14 +137,19 @@ async def serve(config: RouterConfig, stop: asyncio.Event) -> None:
                     ("registry", registry.run),
                     ("health", prober.run),
                     ("publisher", publisher.run),
+                    # It ends before its connection does, so that it can say goodbye.
+                    ("rate limits", limiter.run),
+                    ("scripts", scripts.run_connection),
                     ("revocations", functools.partial(listen, redis, authenticator)),
                 )
             ]
             await ops_server.start()
             try:
                 await grpc_server.start()
+                announce(relays)
                 await stop.wait()
             finally:
+                relays.drain()
                 await grpc_server.stop()
                 await publisher.flush(_FLUSH_S)
                 await ops_server.stop()
@@ -130,12 +157,14 @@ async def serve(config: RouterConfig, stop: asyncio.Event) -> None:
                     task.cancel()
 
 
-def _services(store: Store, registry: Registry, engine: Engine) -> list[tuple[ServiceDescriptor, AddServicer, Any]]:
+def _services(
+    store: Store, registry: Registry, inference: InferenceService
+) -> list[tuple[ServiceDescriptor, AddServicer, Any]]:
     return [
         (
             inference_service_pb2.DESCRIPTOR.services_by_name["InferenceService"],
             inference_service_pb2_grpc.add_InferenceServiceServicer_to_server,
-            InferenceService(engine, registry),  # type: ignore[abstract]  # Relay comes later
+            inference,
         ),
         (
             model_service_pb2.DESCRIPTOR.services_by_name["ModelService"],

@@ -86,6 +86,8 @@ _DATA = re.compile(rb"^data: ?(.*?)\r?$", re.MULTILINE)
 # JSON escapes quotes and line ends within strings, so none of these is ever found in what a model wrote.
 _NOTABLE = re.compile(rb'"usage"|"finish_reason"\s*:\s*"|"error"|^data: ?\[DONE\]', re.MULTILINE)
 _CONTENT = re.compile(rb'"(?:content|reasoning|reasoning_content|text|arguments)"\s*:\s*"(?!")')
+_TEXT = b'"content":"'
+_NO_TEXT = b'"content":""'
 _RESPONSE_NOTABLE = re.compile(
     rb"^event: ?(?:response\.(?:completed|incomplete|failed)|error)\b|\"error\"", re.MULTILINE
 )
@@ -105,6 +107,7 @@ class EventWatch:
         self._notable = _RESPONSE_NOTABLE if responses else _NOTABLE
         self._content = _RESPONSE_CONTENT if responses else _CONTENT
         self._read = self._read_response if responses else self._read_chunk
+        self._responses = responses
         self._held = b""
         self.usage: TokenUsage | None = None
         self.finish_reason = ""
@@ -118,6 +121,10 @@ class EventWatch:
         Raises EventTooLongError.
         """
         data = self._held + chunk if self._held else chunk
+        if data.endswith(b"\n\n"):
+            # The usual case: what an engine writes together are whole events.
+            self._held = b""
+            return self._pass(data)
         end = max(data.rfind(b"\n\n") + 2, data.rfind(b"\n\r\n") + 3)
         if end < 3:
             end = 0
@@ -137,6 +144,9 @@ class EventWatch:
         return b"" if self.complete else None
 
     def _pass(self, events: bytes) -> bytes:
+        if self._is_plain(events):
+            self.counted += events.count(_TEXT) - events.count(_NO_TEXT)
+            return events
         if not self._notable.search(events):
             self.counted += len(self._content.findall(events))
             return events
@@ -151,6 +161,18 @@ class EventWatch:
                 # What an engine says after an error, even its closing marker, would make a failure look like an end.
                 break
         return b"".join(kept)
+
+    def _is_plain(self, events: bytes) -> bool:
+        """Whether these are chat chunks as vLLM and llama.cpp write most: text in each, nothing of note, no spaces
+        between. Plain searches tell so at a third of what the patterns cost, which decide in every other case."""
+        return (
+            events.count(_TEXT) == events.count(b"data:")
+            and events.count(b'"finish_reason"') == events.count(b'"finish_reason":null')
+            and b'"usage"' not in events
+            and b'"error"' not in events
+            and b"[DONE]" not in events
+            and not self._responses
+        )
 
     def _read_chunk(self, event: bytes) -> bytes:
         """Take what is of note from an event; returns what of it goes on to the client."""

@@ -1,4 +1,4 @@
-"""Speaks HTTP to the engines: one narrow interface over a keep-alive pool; it never decides whom to ask.
+"""Asks engines over HTTP/1.1: a pool of connections for each of them, the keys they want; it never decides whom to ask.
 
 It asks again only where a kept connection was closed in the very moment of its reuse; any other retry is its caller's.
 """
@@ -6,53 +6,36 @@ It asks again only where a kept connection was closed in the very moment of its 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Iterator, Mapping
-from dataclasses import dataclass, field
-from types import SimpleNamespace
-from typing import Any, Protocol, Self
-
-import aiohttp
+import socket
+import ssl
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, Self
+from urllib.parse import urlsplit
 
 from router.backends import Backend
+from router.http1 import (
+    Connection,
+    ConnectionRefusedUpstreamError,
+    UnansweredError,
+    UpstreamAnswer,
+    UpstreamError,
+)
 
 HEALTH_PATH = "/health"
 """Where vLLM and llama.cpp both tell whether they can serve."""
 
-_HEADERS = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-_PIECE_BYTES = 256 << 10
 # Engines close an idle connection after 5 s; one that is taken in that very moment loses its request.
 _KEEP_ALIVE_S = 4.0
-
-
-class UpstreamError(Exception):
-    """A backend gave no answer, or broke it off. `reason` is a stable word for metrics and usage events."""
-
-    reason = "backend_error"
-
-
-class ConnectionRefusedUpstreamError(UpstreamError):
-    """Nobody took the connection: the request did not leave."""
-
-    reason = "connection_refused"
-
-
-class ConnectionLostError(UpstreamError):
-    """The connection broke, or ended before its answer."""
-
-    reason = "connection_lost"
+_HEALTH_BYTES = 64 << 10
+_TARGETS = 4096
 
 
 class MisconfiguredBackendError(UpstreamError):
     """The backend's key is not in the router's environment."""
 
     reason = "backend_misconfigured"
-
-
-class UpstreamTimeoutError(UpstreamError):
-    """The backend was silent for too long."""
-
-    reason = "backend_timeout"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,21 +47,6 @@ class Timeouts:
     first_byte_s: float
     answer_s: float
     idle_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class UpstreamAnswer:
-    """An answer whose first byte has come. `chunks` yields the body as it arrives, and raises UpstreamError."""
-
-    status: int
-    headers: Mapping[str, str]
-    content_type: str
-    chunks: AsyncIterator[bytes]
-    _response: aiohttp.ClientResponse = field(repr=False)
-
-    def close(self) -> None:
-        """Give the connection back if the answer was read to its end, else close it, so that the engine stops."""
-        self._response.close()
 
 
 class Upstream(Protocol):
@@ -93,126 +61,137 @@ class Upstream(Protocol):
         """
 
 
+class _Address(NamedTuple):
+    scheme: str
+    host: str
+    port: int
+
+
+class _Target(NamedTuple):
+    """Where a request goes, and all of its head but the length of its body."""
+
+    address: _Address
+    head: bytes
+
+
 class HttpUpstream:
     """The engines over HTTP/1.1. Use as an async context manager; `credentials` are the engines' keys by variable."""
 
     def __init__(self, credentials: Mapping[str, str]) -> None:
         self._credentials = credentials
+        self._idle: dict[_Address, deque[Connection]] = {}
+        self._targets: dict[tuple[str, str, str, str], _Target] = {}
+        self._tls: ssl.SSLContext | None = None
 
     async def __aenter__(self) -> Self:
-        """Open the pool."""
-        self._session = _session(aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S))
-        self._fresh = _session(aiohttp.TCPConnector(limit=0, force_close=True))
+        """Nothing is connected before it is needed."""
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Close the pool and every connection in it."""
-        await self._session.close()
-        await self._fresh.close()
+        """Close every idle connection; those that answer are their readers' to close."""
+        for connections in self._idle.values():
+            while connections:
+                connections.pop().abort()
+        # Sockets are closed when the loop turns.
+        await asyncio.sleep(0)
 
     async def open(
         self, backend: Backend, path: str, body: bytes, timeouts: Timeouts, *, streamed: bool
     ) -> UpstreamAnswer:
         """See `Upstream.open`."""
-        headers = self._authorize(backend, _HEADERS) | {"Content-Length": str(len(body))}
-        with _as_upstream_errors():
-            async with asyncio.timeout(timeouts.first_byte_s if streamed else timeouts.answer_s):
-                response = await self._post(
-                    backend.base_url + path,
-                    body,
-                    headers=headers,
-                    allow_redirects=False,
-                    timeout=aiohttp.ClientTimeout(total=None, connect=timeouts.connect_s),
-                )
-                try:
-                    first = await response.content.readany()
-                except BaseException:
-                    response.close()
-                    raise
-        return UpstreamAnswer(
-            status=response.status,
-            headers=response.headers,
-            content_type=response.content_type,
-            chunks=_read(response, first, timeouts.idle_s),
-            _response=response,
-        )
-
-    async def _post(self, url: str, body: bytes, **options: Any) -> aiohttp.ClientResponse:
-        connection = SimpleNamespace(reused=False)
-        try:
-            return await self._session.post(url, data=_pieces(body), trace_request_ctx=connection, **options)
-        except aiohttp.ClientConnectionError as error:
-            # Where a head had begun to come, a ServerDisconnectedError holds that instead of a text.
-            if not (connection.reused and isinstance(getattr(error, "message", ""), str)):
-                raise
-        # Others in the pool have been idle for as long, so this one is new.
-        return await self._fresh.post(url, data=_pieces(body), **options)
+        target = self._target("POST", backend, path)
+        head = b"%bContent-Length: %d\r\n\r\n" % (target.head, len(body))
+        timeout_s = timeouts.first_byte_s if streamed else timeouts.answer_s
+        return await self._ask(target.address, head, body, timeouts.connect_s, timeout_s, timeouts.idle_s)
 
     async def probe(self, backend: Backend, timeout_s: float) -> None:
         """Ask the engine for its health. Raises UpstreamError if it does not answer with 200 within `timeout_s`."""
-        headers = self._authorize(backend, {})
-        with _as_upstream_errors():
-            async with (
-                asyncio.timeout(timeout_s),
-                self._session.get(backend.base_url + HEALTH_PATH, headers=headers, allow_redirects=False) as response,
-            ):
-                if response.status != 200:
-                    raise UpstreamError(f"it answered {HEALTH_PATH} with {response.status}")
-                await response.content.read(1024)
+        target = self._target("GET", backend, HEALTH_PATH)
+        answer = await self._ask(target.address, target.head + b"\r\n", b"", timeout_s, timeout_s, timeout_s)
+        try:
+            if answer.status != 200:
+                raise UpstreamError(f"it answered {HEALTH_PATH} with {answer.status}")
+            await answer.read(_HEALTH_BYTES)
+        finally:
+            answer.close()
 
-    def _authorize(self, backend: Backend, headers: dict[str, str]) -> dict[str, str]:
-        variable = backend.credential_variable
-        if not variable:
-            return headers
-        credential = self._credentials.get(variable)
-        if not credential:
-            raise MisconfiguredBackendError(f"the router's environment has no {variable}")
-        return headers | {"Authorization": f"Bearer {credential}"}
+    async def _ask(
+        self, address: _Address, head: bytes, body: bytes, connect_s: float, timeout_s: float, idle_s: float
+    ) -> UpstreamAnswer:
+        connection = self._take(address)
+        if connection is not None:
+            try:
+                return await _first_byte(connection.ask(head, body, idle_s), timeout_s)
+            except UnansweredError:
+                # It was closed as it was taken. Others here have been idle for as long, so the next one is new.
+                pass
+        connection = await self._connect(address, connect_s)
+        return await _first_byte(connection.ask(head, body, idle_s), timeout_s)
 
+    def _take(self, address: _Address) -> Connection | None:
+        """The connection that was used last; those that have been idle for too long are closed."""
+        idle = self._idle.get(address)
+        if not idle:
+            return None
+        oldest = asyncio.get_running_loop().time() - _KEEP_ALIVE_S
+        while idle and (idle[0].is_closed or idle[0].idle_since < oldest):
+            idle.popleft().abort()
+        while idle:
+            connection = idle.pop()
+            if not connection.is_closed:
+                return connection
+        return None
 
-def _session(connector: aiohttp.BaseConnector) -> aiohttp.ClientSession:
-    tracing = aiohttp.TraceConfig()
-    tracing.on_connection_reuseconn.append(_note_reuse)
-    return aiohttp.ClientSession(
-        connector=connector,
-        cookie_jar=aiohttp.DummyCookieJar(),
-        timeout=aiohttp.ClientTimeout(total=None),
-        auto_decompress=False,
-        skip_auto_headers=("User-Agent",),
-        trace_configs=[tracing],
-    )
-
-
-async def _note_reuse(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:
-    if context.trace_request_ctx is not None:
-        context.trace_request_ctx.reused = True
-
-
-async def _pieces(body: bytes) -> AsyncIterator[bytes]:
-    # A body of megabytes in one write would be copied at once, and hold up everything else.
-    for start in range(0, len(body), _PIECE_BYTES):
-        yield body[start : start + _PIECE_BYTES]
-
-
-async def _read(response: aiohttp.ClientResponse, first: bytes, idle_s: float) -> AsyncIterator[bytes]:
-    chunk = first
-    while chunk:
-        yield chunk
-        with _as_upstream_errors():
-            async with asyncio.timeout(idle_s):
-                chunk = await response.content.readany()
-
-
-@contextlib.contextmanager
-def _as_upstream_errors() -> Iterator[None]:
-    try:
-        yield
-    except aiohttp.ClientConnectorError as error:
-        raise ConnectionRefusedUpstreamError("it refused the connection") from error
-    except TimeoutError as error:
-        # aiohttp's own timeouts, of which only the one for connecting is used, are TimeoutErrors too.
-        if isinstance(error, aiohttp.ConnectionTimeoutError):
+    async def _connect(self, address: _Address, connect_s: float) -> Connection:
+        loop = asyncio.get_running_loop()
+        idle = self._idle.setdefault(address, deque())
+        tls = None
+        if address.scheme == "https":
+            tls = self._tls = self._tls or ssl.create_default_context()
+        try:
+            async with asyncio.timeout(connect_s):
+                transport, connection = await loop.create_connection(
+                    lambda: Connection(loop, idle.append), address.host, address.port, ssl=tls
+                )
+        except TimeoutError as error:
             raise ConnectionRefusedUpstreamError("it did not take the connection in time") from error
-        raise UpstreamTimeoutError("it was silent for too long") from error
-    except (aiohttp.ClientError, OSError) as error:
-        raise ConnectionLostError("it broke the connection off") from error
+        except OSError as error:
+            raise ConnectionRefusedUpstreamError("it refused the connection") from error
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return connection
+
+    def _target(self, verb: str, backend: Backend, path: str) -> _Target:
+        key = (verb, backend.base_url, path, backend.credential_variable)
+        target = self._targets.get(key)
+        if target is None:
+            if len(self._targets) >= _TARGETS:
+                self._targets.clear()
+            target = self._targets[key] = self._make_target(verb, backend, path)
+        return target
+
+    def _make_target(self, verb: str, backend: Backend, path: str) -> _Target:
+        url = urlsplit(backend.base_url)
+        port = url.port or (443 if url.scheme == "https" else 80)
+        lines = [
+            f"{verb} {url.path.rstrip('/')}{path} HTTP/1.1",
+            f"Host: {url.netloc}",
+            "Accept-Encoding: identity",
+        ]
+        if verb == "POST":
+            lines.append("Content-Type: application/json")
+        if variable := backend.credential_variable:
+            credential = self._credentials.get(variable)
+            if not credential:
+                raise MisconfiguredBackendError(f"the router's environment has no {variable}")
+            lines.append(f"Authorization: Bearer {credential}")
+        head = "".join(f"{line}\r\n" for line in lines).encode("latin-1")
+        return _Target(_Address(url.scheme, url.hostname or "", port), head)
+
+
+async def _first_byte(answer: UpstreamAnswer, timeout_s: float) -> UpstreamAnswer:
+    try:
+        await answer.arrival(timeout_s)
+    except BaseException:
+        answer.close()
+        raise
+    return answer

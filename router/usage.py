@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 import msgspec
+from google.protobuf.timestamp_pb2 import Timestamp
 from msgspec import Meta
 
 from aiaas.type.v1 import usage_event_pb2
@@ -16,6 +17,9 @@ from mesh.auth import Principal
 
 SCHEMA_VERSION = 1
 """The meaning of the events built here; consumers refuse a version they do not know."""
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
 
 # No request of any engine comes near it: a count beyond is garbage, and never billed.
 _Count = Annotated[int, Meta(le=1_000_000_000)]
@@ -98,10 +102,9 @@ def _counts(prompt: int, cached_prompt: int | None, completion: int | None, reas
 
 @dataclass(slots=True)
 class AttemptRecord:
-    """One attempt at a backend, while and after it runs. Times are monotonic seconds, but for `start_time`."""
+    """One attempt at a backend, while and after it runs. Times are monotonic seconds."""
 
     backend_id: str
-    start_time: datetime
     started: float
     ended: float | None = None
     failure_reason: str = ""
@@ -109,7 +112,8 @@ class AttemptRecord:
 
 @dataclass(slots=True)
 class UsageRecord:
-    """What a request gathers until it ends. `admitted`, `first_byte` and `ended` are monotonic seconds."""
+    """What a request gathers until it ends. `admitted` and `first_byte` are monotonic seconds; `admit_time` is the one
+    reading of the wall clock, and every other time of the event is told by its distance from it."""
 
     request_id: str
     endpoint: usage_event_pb2.Endpoint.ValueType
@@ -136,6 +140,9 @@ def build_event(
 ) -> UsageEvent:
     """The terminal event of a request that ended at `ended`, monotonic seconds; costs come with prices."""
     principal = record.principal
+    admitted = record.admitted
+    epoch_micros = (record.admit_time - _EPOCH) // _MICROSECOND
+    duration_micros = _micros(ended - admitted)
     event = UsageEvent(
         schema_version=SCHEMA_VERSION,
         request_id=record.request_id,
@@ -150,24 +157,31 @@ def build_event(
         reason=reason,
         usage=record.usage,
         usage_source=record.usage_source,
-        duration_micros=_micros(ended - record.admitted),
-        ttft_micros=0 if record.first_byte is None else max(1, _micros(record.first_byte - record.admitted)),
+        duration_micros=duration_micros,
+        ttft_micros=0 if record.first_byte is None else max(1, _micros(record.first_byte - admitted)),
         streamed=record.streamed,
         router_id=router_id,
         finish_reason=record.finish_reason,
     )
     if record.idempotency_key:
         event.idempotency_digest = hashlib.sha256(record.idempotency_key.encode()).hexdigest()
-    event.admit_time.FromDatetime(record.admit_time)
-    event.end_time.FromDatetime(record.admit_time + timedelta(seconds=ended - record.admitted))
+    # Nested messages are filled where they lie, and times are integers: FromDatetime and the constructors of nested
+    # messages cost twice as much.
+    _set_time(event.admit_time, epoch_micros)
+    _set_time(event.end_time, epoch_micros + duration_micros)
     for attempt in record.attempts:
-        entry = event.attempts.add(
-            backend_id=attempt.backend_id,
-            duration_micros=_micros((ended if attempt.ended is None else attempt.ended) - attempt.started),
-            failure_reason=attempt.failure_reason,
-        )
-        entry.start_time.FromDatetime(attempt.start_time)
+        entry = event.attempts.add()
+        entry.backend_id = attempt.backend_id
+        entry.duration_micros = _micros((ended if attempt.ended is None else attempt.ended) - attempt.started)
+        entry.failure_reason = attempt.failure_reason
+        _set_time(entry.start_time, epoch_micros + _micros(attempt.started - admitted))
     return event
+
+
+def _set_time(timestamp: Timestamp, epoch_micros: int) -> None:
+    seconds, micros = divmod(epoch_micros, 1_000_000)
+    timestamp.seconds = seconds
+    timestamp.nanos = micros * 1000
 
 
 def _micros(seconds: float) -> int:

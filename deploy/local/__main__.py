@@ -109,6 +109,7 @@ async def _serve(arguments: argparse.Namespace, display: Display) -> None:
             port=arguments.port,
             engine=arguments.engine,
             chat_replicas=arguments.replicas,
+            one_process=arguments.one_process,
             report=display.report,
         ) as stack:
             proof = await prove(stack.base_url, stack.platform_key, stack.organization_id)
@@ -156,6 +157,12 @@ def main() -> None:
         "--engine", default=environ.get("ENGINE") or "llamacpp", help="llamacpp or vllm (default: ENGINE)"
     )
     parser.add_argument("--replicas", type=int, default=1, help="engines for the chat model (default: 1)")
+    parser.add_argument(
+        "--one-process",
+        action="store_true",
+        default=environ.get("ONE_PROCESS") == "1",
+        help="edge and router in one process (default: ONE_PROCESS=1)",
+    )
     arguments = parser.parse_args()
     with Display(Console()) as display:
         try:

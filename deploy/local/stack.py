@@ -21,8 +21,14 @@ from deploy.local.supervisor import Event, Program, Supervisor, run_to_end
 
 # Each has a database of its own.
 STORING_SERVICES = ("identity", "router", "analytics")
-# Whom each calls.
-PEERS = {"identity": (), "router": ("identity",), "analytics": ("identity",), "edge": STORING_SERVICES}
+# Whom each calls. The gateway is the edge and the router in one process.
+PEERS = {
+    "identity": (),
+    "router": ("identity",),
+    "analytics": ("identity",),
+    "edge": STORING_SERVICES,
+    "gateway": ("identity", "analytics"),
+}
 OWNER = "local"
 KEY_FILE = "secrets/platform-key.json"
 HEALTHY_LIMIT_S = 30.0
@@ -58,13 +64,15 @@ async def running(
     port: int | None = None,
     engine: str = "llamacpp",
     chat_replicas: int = 1,
+    one_process: bool = False,
     settings: Mapping[str, str] | None = None,
     report: Report = lambda event: None,
 ) -> AsyncIterator[Stack]:
     """Starts everything, yields it once it serves, and ends everything with the block.
 
-    `port` is the public one (None: a free one), `settings` are variables added to every service's environment. Starting
-    again in the same state folder keeps data and key. Raises LocalError with what to do.
+    `port` is the public one (None: a free one), `one_process` has the edge and the router share one, `settings` are
+    variables added to every service's environment. Starting again in the same state folder keeps data and key. Raises
+    LocalError with what to do.
     """
     async with Supervisor(state, report) as supervisor:
         if port is not None:
@@ -72,7 +80,7 @@ async def running(
             require_free(port)
         try:
             stack = await _Composition(
-                state, supervisor, free_port() if port is None else port, settings or {}, report
+                state, supervisor, free_port() if port is None else port, one_process, settings or {}, report
             ).start(engine, chat_replicas)
         except ExceptionGroup as group:
             raise _cause(group) from None
@@ -84,12 +92,14 @@ class _Composition:
     state: State
     supervisor: Supervisor
     port: int
+    one_process: bool
     settings: Mapping[str, str]
     report: Report
     grpc: dict[str, str] = field(default_factory=lambda: {name: f"{HOST}:{free_port()}" for name in STORING_SERVICES})
 
     def __post_init__(self) -> None:
         self.ops = {name: f"{HOST}:{free_port()}" for name in STORING_SERVICES} | {"edge": f"{HOST}:{self.port}"}
+        self.front = ("gateway",) if self.one_process else ("router", "edge")
         self.postgres = Postgres(self.state)
         self.valkey = Valkey(self.state)
         self.rabbitmq = RabbitMQ(self.state)
@@ -111,7 +121,7 @@ class _Composition:
                     await self.postgres.database(name)
                 await _together(self._run(name, "migrate") for name in STORING_SERVICES)
             await _together((self.supervisor.start(self._program("identity")), self._make_key()))
-            await _together(self.supervisor.start(self._program(name)) for name in ("router", "analytics", "edge"))
+            await _together(self.supervisor.start(self._program(name)) for name in ("analytics", *self.front))
 
         await _together(
             (
@@ -157,18 +167,21 @@ class _Composition:
 
     def _program(self, service: str) -> Program:
         stores = () if service == "edge" else ("postgres", "valkey", "rabbitmq")
+        ops = self.ops["edge" if service == "gateway" else service]
         return Program(
             name=service,
             command=(sys.executable, "-m", service, "serve"),
             folder=self.state.folder(service),
             account=self.account,
             environment=self._environment(service),
-            probe=http_probe(int(self.ops[service].rpartition(":")[2]), "/ready"),
+            probe=http_probe(int(ops.rpartition(":")[2]), "/ready"),
             needs=(*stores, *PEERS[service]),
         )
 
     def _environment(self, service: str) -> dict[str, str]:
         """What the service's config.py reads."""
+        if service == "gateway":
+            return self._environment("router") | self._environment("edge")
         upper = service.upper()
         own = {f"AIAAS_{upper}_{peer.upper()}_TARGET": self.grpc[peer] for peer in PEERS[service]}
         if service == "edge":

@@ -1,4 +1,7 @@
-"""Sees that every call ends: by its caller's deadline, or by one of ours where the caller set none."""
+"""Sees that every call ends: by its caller's deadline, or by one of ours where the caller set none.
+
+Only a two-way stream may last without either: it carries calls with deadlines of their own.
+"""
 
 import asyncio
 from functools import cache
@@ -10,7 +13,7 @@ from grpc_interceptor import AsyncServerInterceptor
 from mesh import context as call
 from mesh.auth import find_method
 from mesh.errors import PlatformError, Reason
-from mesh.interceptors.handler import Handler, proceed
+from mesh.interceptors.handler import Handler, is_two_way, proceed
 
 UNARY_TIMEOUT_S = 30.0
 
@@ -29,8 +32,7 @@ class DeadlineInterceptor(AsyncServerInterceptor):
             # A health watch lasts as long as its channel.
             return await proceed(method, request, context)
         left_s = context.time_remaining()
-        default_s = self._stream_timeout_s if _streams(method_name) else UNARY_TIMEOUT_S
-        timeout = asyncio.timeout(default_s if left_s is None else left_s)
+        timeout = asyncio.timeout(self._default_s(method_name) if left_s is None else left_s)
         try:
             async with timeout:
                 call.deadline.set(timeout.when())
@@ -39,6 +41,11 @@ class DeadlineInterceptor(AsyncServerInterceptor):
             if not timeout.expired():
                 raise
             raise PlatformError(Reason.DEADLINE_EXCEEDED) from None
+
+    def _default_s(self, method_name: str) -> float | None:
+        if is_two_way(method_name):
+            return None
+        return self._stream_timeout_s if _streams(method_name) else UNARY_TIMEOUT_S
 
 
 @cache

@@ -7,10 +7,12 @@ failed, also while a slow reader holds up a write, and has cleaned up when it en
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from functools import cache
 from typing import Any
 
 import grpc
 
+from mesh.auth import find_method
 from mesh.errors import PlatformError, Reason
 
 # How long after a failed write gRPC takes, at most, to cancel the call.
@@ -46,3 +48,10 @@ def metadata_value(context: grpc.aio.ServicerContext[Any, Any], name: str) -> st
         if key == name and isinstance(value, str):
             return value
     return ""
+
+
+@cache
+def is_two_way(method_name: str) -> bool:
+    """Whether both sides of an RPC stream: it is a connection, open for days, rather than a call. Raises KeyError."""
+    method = find_method(method_name)
+    return bool(method.client_streaming and method.server_streaming)

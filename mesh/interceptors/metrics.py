@@ -14,6 +14,9 @@ from mesh.interceptors.handler import Handler, proceed
 _REQUESTS = Counter("aiaas_grpc_server_requests_total", "RPCs that ended.", ["method", "code"])
 _DURATION = Histogram("aiaas_grpc_server_request_duration_seconds", "Time until an RPC ended.", ["method"])
 
+# By how much gRPC's own clock may be ahead of the one that it shows.
+_SLACK_S = 0.05
+
 _NAMES = {int(code.value[0]): code.name for code in grpc.StatusCode}
 
 
@@ -30,7 +33,8 @@ class MetricsInterceptor(AsyncServerInterceptor):
             return await proceed(method, request, context)
         except asyncio.CancelledError:
             # gRPC cancels a call both when its caller goes and when the caller's time is over.
-            code = "DEADLINE_EXCEEDED" if context.time_remaining() == 0 else "CANCELLED"
+            left_s = context.time_remaining()
+            code = "DEADLINE_EXCEEDED" if left_s is not None and left_s < _SLACK_S else "CANCELLED"
             raise
         except BaseException:
             code = _code(context)

@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 from typing import Any
 
-from aiaas.type.v1.usage_event_pb2 import Endpoint, Outcome, TokenUsage, UsageEvent
+from aiaas.type.v1.usage_event_pb2 import Endpoint, Outcome, TokenUsage, UsageEvent, UsageEventBatch
 
 NOW = datetime(2026, 11, 20, 12, 30, 15, 250_000, tzinfo=UTC)
 
@@ -29,3 +29,9 @@ def usage_event(request_id: str = "req_1", admit_time: datetime = NOW, **fields:
     event.admit_time.FromDatetime(admit_time)
     event.end_time.FromDatetime(admit_time)
     return event
+
+
+def usage_batch(*events: UsageEvent | bytes) -> bytes:
+    """A body with these events, of which any may be something else."""
+    serialized = [event if isinstance(event, bytes) else event.SerializeToString() for event in events]
+    return UsageEventBatch(events=serialized).SerializeToString()

@@ -26,6 +26,9 @@ from deploy.local.ports import free_port
 ENGINE = os.environ.get("ENGINE", "llamacpp")
 REPLICAS = 2 if ENGINE == "vllm" else 1
 START_TIMEOUT_S = 240
+# With ONE_PROCESS=1 the edge and the router share a process; everything holds for it as well.
+FRONT = ("gateway",) if os.environ.get("ONE_PROCESS") == "1" else ("router", "edge")
+SERVICES = ("identity", "analytics", *FRONT)
 # WITHOUT=restart halts what starts killed parts again; the tests that kill must fail then.
 WITHOUT = os.environ.get("WITHOUT", "")
 

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from openai import AuthenticationError, InternalServerError
 
-from .conftest import Platform, wait_until
+from .conftest import SERVICES, Platform, wait_until
 
 MODEL = "smollm2"
 HELLO = [{"role": "user", "content": "Say hello."}]
@@ -36,7 +36,7 @@ def all_serve(platform: Platform) -> bool:
     return all(check == "ok" for check in checks.values())
 
 
-@pytest.mark.parametrize("service", ["identity", "router", "analytics", "edge"])
+@pytest.mark.parametrize("service", SERVICES)
 def test_killed_service_comes_back_and_no_later_request_fails(platform: Platform, service: str) -> None:
     tenant = platform.new_tenant(f"Survivor of {service}")
     tenant.openai.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=1)
@@ -127,8 +127,7 @@ def test_no_secret_and_no_prompt_is_in_any_log(platform: Platform) -> None:
     with pytest.raises(AuthenticationError):
         platform.client(tenant.secret + "x").models.list()
     written = ""
-    services = ("identity", "router", "analytics", "edge")
-    for service in services:
+    for service in SERVICES:
         log = (platform.state / "logs" / f"{service}.log").read_text()
         assert log, f"{service} logs nothing"
         written += log

@@ -14,7 +14,7 @@ from openai import (
     PermissionDeniedError,
 )
 
-from .conftest import Platform, Tenant, wait_until
+from .conftest import FRONT, Platform, Tenant, wait_until
 
 MODEL = "smollm2"
 HELLO = [{"role": "user", "content": "Hi"}]
@@ -186,7 +186,7 @@ def test_client_that_goes_away_frees_the_engine(platform: Platform, tenant: Tena
     assert time.monotonic() - started < 10
 
 
-@pytest.mark.parametrize("service", ["edge", "identity"])
+@pytest.mark.parametrize("service", [FRONT[-1], "identity"])
 def test_official_client_retries_until_a_killed_service_is_back(platform: Platform, service: str) -> None:
     tenant = platform.new_tenant(f"Retries over {service}")
     killed = platform.kill(service)

@@ -26,7 +26,7 @@ from mesh.errors import PlatformError, Reason, from_rpc_error
 from mesh.topology import USAGE
 from tests.doubles.peer import PeerDouble
 from tests.doubles.tcp_gate import TcpGate
-from tests.doubles.usage_events import usage_event
+from tests.doubles.usage_events import usage_batch, usage_event
 from tests.integration.analytics.conftest import wait_until
 
 METADATA = (("authorization", "Bearer session"),)
@@ -97,13 +97,8 @@ async def test_starts_without_its_peers_and_counts_when_they_are_there(
             assert from_rpc_error(caught.value).reason is Reason.AUTH_UNAVAILABLE
 
             await identity.start()
-            await broker.publish(
-                USAGE.exchange,
-                USAGE.routing_key,
-                usage_event(admit_time=now).SerializeToString(),
-                message_id="req_1",
-                timeout_s=10,
-            )
+            body = usage_batch(usage_event(admit_time=now))
+            await broker.publish(USAGE.exchange, USAGE.routing_key, body, timeout_s=10)
             await gate.open()
 
             async def is_counted_and_fresh() -> bool:

@@ -2,16 +2,22 @@
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
+from random import Random
+from typing import Any
 
 import httpx
+import msgspec
 
+from edge.access_log import AccessLog
 from edge.app import build_app
 from edge.exchange import Limits
 from edge.peers import Peers, linked_services, services_of
 from edge.protocol import ConnectionLimits
+from edge.routers import GrpcStream, Routers
 from edge.server import HttpServer, listen
 from mesh.channel import connect
 from tests.doubles.peer import PeerDouble
@@ -28,6 +34,14 @@ class Edge:
     port: int
     server: HttpServer
     client: httpx.AsyncClient
+    access_log: AccessLog
+    log_pipe: int
+
+    def access_lines(self) -> list[dict[str, Any]]:
+        """The lines that the access log has written since they were last asked for."""
+        self.access_log.close()
+        written = os.read(self.log_pipe, 1 << 20)
+        return [msgspec.json.decode(line) for line in written.splitlines()]
 
     async def open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A bare connection to it."""
@@ -56,23 +70,32 @@ async def running_edge(
 ) -> AsyncIterator[Edge]:
     """An edge in front of the doubles, by peer name, until the end of the block."""
     peers = Peers({name: connect(double.address, *services_of(name)) for name, double in doubles.items()})
-    app = build_app(peers, linked_services(), limits or Limits(4 << 20, 30.0, 60.0))
+    routers = Routers(doubles["router"].address, GrpcStream, Random(1))
+    log_pipe, log_end = os.pipe()
+    access_log = AccessLog("edge", log_end)
+    app = build_app(peers, routers, linked_services(), limits or Limits(4 << 20, 30.0, 60.0), access_log)
     server = HttpServer(app, connection or ConnectionLimits(), drain_s)
     with listen("127.0.0.1", 0, idle_timeout_s=30.0) as listener:
         port = listener.getsockname()[1]
+        relays = asyncio.create_task(routers.run())
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         await until(lambda: server.started)
         async with httpx.AsyncClient(
             base_url=f"http://127.0.0.1:{port}", headers=HEADERS, trust_env=False, timeout=10
         ) as client:
             try:
-                yield Edge(port, server, client)
+                yield Edge(port, server, client, access_log, log_pipe)
             finally:
                 await client.aclose()
                 server.should_exit = True
                 await serving
                 await server.end_cancelled_requests()
+                relays.cancel()
+                await asyncio.wait([relays])
                 await peers.close()
+                access_log.close()
+                os.close(log_pipe)
+                os.close(log_end)
 
 
 async def until(condition: Callable[[], object], within_s: float = 5.0) -> None:

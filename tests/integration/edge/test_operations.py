@@ -45,13 +45,27 @@ async def test_log_line_has_the_template_and_never_the_query_or_the_key(
     edge: Edge, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
-        await edge.client.get(f"{MODELS}/secret-id?page_token=secret-token")
-    (line,) = [record for record in caplog.records if record.name == "edge.access"]
-    fields = vars(line)
-    assert (fields["method"], fields["route"], fields["status"]) == ("GET", "/admin/v1/models/{model_id}", 400)
-    assert fields["reason"] == "unknown_field"
-    assert fields["duration_ms"] >= 0
-    everything = " ".join(str(vars(record)) for record in caplog.records if record.name.startswith(("edge", "uvicorn")))
+        response = await edge.client.get(f"{MODELS}/secret-id?page_token=secret-token")
+    (line,) = edge.access_lines()
+    assert line["timestamp"].endswith("Z")
+    assert line["duration_ms"] >= 0
+    assert list(line) == [
+        *("timestamp", "level", "service", "logger", "message", "request_id"),
+        *("duration_ms", "method", "reason", "route", "status"),
+    ]
+    del line["timestamp"], line["duration_ms"]
+    assert line == {
+        "level": "info",
+        "service": "edge",
+        "logger": "edge.access",
+        "message": "request",
+        "request_id": response.headers["x-request-id"],
+        "method": "GET",
+        "reason": "unknown_field",
+        "route": "/admin/v1/models/{model_id}",
+        "status": 400,
+    }
+    everything = f"{line} {[vars(record) for record in caplog.records if record.name.startswith(('edge', 'uvicorn'))]}"
     for secret in ("secret-id", "secret-token", KEY):
         assert secret not in everything
 

@@ -30,7 +30,7 @@ async def broker(amqp_url: str, queue: Queue) -> AsyncIterator[Broker]:
 
 async def publish(broker: Broker, queue: Queue, *bodies: bytes) -> None:
     for body in bodies:
-        await broker.publish(queue.exchange, queue.routing_key, body, message_id=body.decode(), timeout_s=5)
+        await broker.publish(queue.exchange, queue.routing_key, body, timeout_s=5)
 
 
 async def depth(url: str, name: str) -> int:
@@ -83,13 +83,13 @@ async def test_published_messages_arrive_in_batches_and_once(amqp_url: str, brok
 async def test_unroutable_message_is_a_failure(broker: Broker, queue: Queue) -> None:
     await publish(broker, queue, b"known")
     with pytest.raises(PlatformError) as error:
-        await broker.publish(queue.exchange, "nobody", b"lost", message_id="1", timeout_s=5)
+        await broker.publish(queue.exchange, "nobody", b"lost", timeout_s=5)
     assert error.value.reason is Reason.UNAVAILABLE
 
 
 async def test_absent_broker_is_unavailable_within_the_timeout() -> None:
     with pytest.raises(PlatformError) as error:
-        await Broker("amqp://127.0.0.1:1/").publish("e", "k", b"x", message_id="1", timeout_s=1)
+        await Broker("amqp://127.0.0.1:1/").publish("e", "k", b"x", timeout_s=1)
     assert error.value.reason is Reason.UNAVAILABLE
 
 
@@ -181,7 +181,7 @@ async def test_both_sides_heal_after_the_broker_was_restarted(servers: Servers, 
         os.killpg(servers.pid(servers.rabbitmq), signal.SIGTERM)
         with pytest.raises(PlatformError):
             while True:
-                await broker.publish(queue.exchange, queue.routing_key, b"while away", message_id="1", timeout_s=1)
+                await broker.publish(queue.exchange, queue.routing_key, b"while away", timeout_s=1)
         await servers.ready(servers.rabbitmq)
         async with asyncio.timeout(20):
             while True:

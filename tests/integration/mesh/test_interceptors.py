@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from mesh.errors import PlatformError, Reason
 from tests.integration.mesh.harness import DEVELOPER, EOF, Client, bearer, error_of, serving, until
 
 INFER = "/aiaas.router.v1.InferenceService/Infer"
+RELAY = "/aiaas.router.v1.InferenceService/Relay"
 GET_MODEL = "/aiaas.router.v1.ModelService/GetModel"
 
 
@@ -179,10 +181,6 @@ async def test_request_id_of_odd_shape_is_replaced(address: str, given: str) -> 
 
 
 async def test_internal_streams_pass_both_ways_without_credential(address: str, traced: bool) -> None:
-    async def echo(requests: AsyncIterator[RelayBatch], _: Any) -> AsyncIterator[RelayBatch]:
-        async for request in requests:
-            yield request
-
     async with serving(address, {"Relay": echo}, traced=traced) as client:
         call: Any = client.inference.Relay(timeout=5)  # type: ignore[call-arg]
         for number in range(3):
@@ -246,6 +244,44 @@ async def test_calls_without_deadline_get_one(address: str, monkeypatch: pytest.
         unary = client.models.GetModel(GetModelRequest(), metadata=bearer("developer"))
         assert (await error_of(unary)).reason is Reason.DEADLINE_EXCEEDED
         assert (await error_of(client.infer())).reason is Reason.DEADLINE_EXCEEDED
+
+
+async def echo(requests: AsyncIterator[RelayBatch], _: Any) -> AsyncIterator[RelayBatch]:
+    async for request in requests:
+        yield request
+
+
+async def test_two_way_stream_outlives_the_deadlines_of_other_calls(address: str, traced: bool) -> None:
+    deadlines = []
+
+    async def noting(batches: AsyncIterator[RelayBatch], _: Any) -> AsyncIterator[RelayBatch]:
+        deadlines.append(context.deadline.get())
+        async for batch in batches:
+            yield batch
+
+    async def hang(*_: Any) -> AsyncIterator[InferResponse]:
+        yield InferResponse()
+        await asyncio.Event().wait()
+
+    options = {"traced": traced, "stream_timeout_s": 0.1}
+    answers: dict[str, Any] = {"Relay": noting, "Infer": hang}
+    async with serving(address, answers, **options), grpc.aio.insecure_channel(address) as channel:
+        client = Client(channel)  # a plain channel sets no deadline
+        relay: Any = client.inference.Relay()  # type: ignore[call-arg]
+        for number in range(3):
+            await relay.write(RelayBatch(frames=[RelayFrame(inference_id=number)]))
+            assert (await relay.read()).frames[0].inference_id == number
+            assert (await error_of(client.infer())).reason is Reason.DEADLINE_EXCEEDED
+        relay.cancel()
+    assert deadlines == [None]
+
+
+async def test_two_way_stream_ends_by_the_deadline_of_its_caller(address: str) -> None:
+    async with serving(address, {"Relay": echo}) as client:
+        relay: Any = client.inference.Relay(timeout=0.2)  # type: ignore[call-arg]
+        await relay.write(RelayBatch())
+        await relay.read()
+        assert (await error_of(relay)).reason is Reason.DEADLINE_EXCEEDED
 
 
 async def test_stream_that_nobody_reads_ends_with_its_time(address: str, traced: bool) -> None:
@@ -338,6 +374,24 @@ async def test_metrics_count_each_end_once_by_its_code(address: str, traced: boo
         await until(lambda: requests(INFER, "CANCELLED") == before + 1)
 
 
+@pytest.mark.parametrize("end", ["orderly", "cut"])
+async def test_two_way_stream_is_counted_once_when_it_ends(address: str, traced: bool, end: str) -> None:
+    orderly, all_ends = requests(RELAY, "OK"), durations(RELAY)
+    async with serving(address, {"Relay": echo}, traced=traced) as client:
+        relay: Any = client.inference.Relay()  # type: ignore[call-arg]
+        await relay.write(RelayBatch())
+        await relay.read()
+        assert durations(RELAY) == all_ends
+        if end == "orderly":
+            await relay.done_writing()
+            assert await relay.read() is EOF
+            await until(lambda: requests(RELAY, "OK") == orderly + 1)
+        else:
+            # What the server sees first of it is that the requests end, so it may well be counted as OK.
+            relay.cancel()
+        await until(lambda: durations(RELAY) == all_ends + 1)
+
+
 async def test_refused_call_is_counted_by_its_refusal(address: str) -> None:
     before = requests(GET_MODEL, "UNAUTHENTICATED")
     async with serving(address) as client:
@@ -388,3 +442,39 @@ async def test_each_call_is_one_span_with_its_status(address: str, spans: InMemo
     assert [(span.name, span.status.is_ok) for span in finished] == [(INFER, True), (finished[1].name, False)]
     assert "a secret" not in "".join(span.to_json() for span in finished)
     assert "developer" not in "".join(span.to_json() for span in finished)
+
+
+async def test_span_of_a_stream_ends_with_the_stream(address: str, spans: InMemorySpanExporter) -> None:
+    last = asyncio.Event()
+    ended_ns: list[int] = []
+
+    async def stream(*_: Any) -> AsyncIterator[InferResponse]:
+        yield InferResponse()
+        await last.wait()
+        yield InferResponse()
+        ended_ns.append(time.time_ns())
+
+    async with serving(address, {"Infer": stream}, traced=True) as client:
+        call = client.infer(timeout=5)
+        await call.read()
+        await client.get_model()
+        await until(lambda: len(spans.get_finished_spans()) == 1)
+        last.set()
+        assert len([message async for message in call]) == 1
+        await until(lambda: len(spans.get_finished_spans()) == 2)
+    streamed = spans.get_finished_spans()[1]
+    assert streamed.name == INFER
+    assert streamed.end_time is not None
+    assert streamed.end_time >= ended_ns[0]
+
+
+async def test_two_way_stream_has_no_span(address: str, spans: InMemorySpanExporter) -> None:
+    async with serving(address, {"Relay": echo}, traced=True) as client:
+        relay: Any = client.inference.Relay(timeout=5)  # type: ignore[call-arg]
+        await relay.write(RelayBatch())
+        await relay.read()
+        await relay.done_writing()
+        assert await relay.read() is EOF
+        await client.get_model()
+        await until(lambda: len(spans.get_finished_spans()) == 1)
+    assert [span.name for span in spans.get_finished_spans()] == [GET_MODEL]

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
@@ -28,8 +29,10 @@ from mesh.auth import Principal
 from mesh.errors import PlatformError, from_rpc_error
 from mesh.migrate import migrate
 from router.config import RouterConfig
+from router.relay import Relays
 from router.server import serve
 from tests.doubles.peer import PeerDouble
+from tests.doubles.relay_client import RelayClient
 
 PERMISSIONS = frozenset(
     f"{resource}.{verb}"
@@ -70,6 +73,8 @@ class Router:
     identity: PeerDouble
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     credential: str = field(default_factory=lambda: generate().text)
+    way: str = "Infer"
+    relays: Relays | None = None
 
     def __post_init__(self) -> None:
         self.channel = grpc.aio.insecure_channel(
@@ -94,10 +99,34 @@ class Router:
     def infer(
         self, body: Any, endpoint: Endpoint.ValueType = ENDPOINT_CHAT_COMPLETIONS, *, timeout_s: float = 60
     ) -> Any:
-        """A call of Infer, to be iterated or cancelled."""
+        """A call of Infer, or an inference on a relay; to be iterated, read or cancelled."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         request = inference_service_pb2.InferRequest(endpoint=endpoint, body=content, client_address="127.0.0.1")
-        return self.inference.Infer(request, metadata=self.metadata, timeout=timeout_s)
+        if self.way == "Infer":
+            return self.inference.Infer(request, metadata=self.metadata, timeout=timeout_s)
+        return self.relay.infer(
+            inference_service_pb2.RelayOpen(
+                request=request,
+                credential=self.credential,
+                request_id="req_test",
+                timeout_millis=round(timeout_s * 1000),
+            )
+        )
+
+    @functools.cached_property
+    def relay(self) -> RelayClient:
+        """A relay to it, over gRPC or within the process."""
+        if self.way == "within the process":
+            assert self.relays is not None
+            relay = self.relays.open(window_s=0)
+            return RelayClient(relay.batches(), relay.receive)
+        call = self.inference.Relay()
+        return RelayClient(call, call.write)
+
+    async def close(self) -> None:
+        if "relay" in self.__dict__:
+            await self.relay.close()
+        await self.channel.close(None)
 
     async def answer(self, body: Any, endpoint: Endpoint.ValueType = ENDPOINT_CHAT_COMPLETIONS, **more: Any) -> Answer:
         """Everything that comes of an inference."""
@@ -113,6 +142,8 @@ class Router:
                         answer.tail = part.tail
         except grpc.aio.AioRpcError as error:
             answer.error = from_rpc_error(error)
+        except PlatformError as error:
+            answer.error = error
         return answer
 
     async def add_model(self, model_id: str, **values: Any) -> model_service_pb2.Model:
@@ -155,10 +186,11 @@ class Router:
 
 
 @contextlib.asynccontextmanager
-async def running(config: RouterConfig, identity: PeerDouble) -> AsyncIterator[Router]:
-    """A router that serves until the end of the block, and then stops in good order."""
-    router = Router(config, identity)
-    task = asyncio.create_task(serve(config, router.stop))
+async def running(config: RouterConfig, identity: PeerDouble, *, way: str = "Infer") -> AsyncIterator[Router]:
+    """A router that serves until the end of the block, and then stops in good order. `way` is how inferences reach it:
+    "Infer", "Relay" or "within the process"."""
+    router = Router(config, identity, way=way)
+    task = asyncio.create_task(serve(config, router.stop, announce=functools.partial(setattr, router, "relays")))
     router.act_as(PRINCIPAL)
     try:
         ready = asyncio.ensure_future(router.channel.channel_ready())
@@ -166,7 +198,7 @@ async def running(config: RouterConfig, identity: PeerDouble) -> AsyncIterator[R
         ready.cancel()
         yield router
     finally:
-        await router.channel.close(None)
+        await router.close()
         router.stop.set()
         async with asyncio.timeout(20):
             await task

@@ -1,4 +1,4 @@
-"""Inference through a real router over gRPC, before scripted engines."""
+"""Inference through a real router, before scripted engines, on every way there is to it."""
 
 import asyncio
 import contextlib
@@ -17,6 +17,7 @@ from aiaas.type.v1.usage_event_pb2 import (
     OUTCOME_REFUSED,
     OUTCOME_SUCCEEDED,
     UsageEvent,
+    UsageEventBatch,
 )
 from mesh.broker import Broker
 from mesh.errors import PlatformError, Reason
@@ -39,6 +40,24 @@ from tests.integration.router.conftest import PRINCIPAL, Router, running, until
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 STREAM = CHAT | {"stream": True}
 EVENTS = "text/event-stream"
+
+
+@pytest.fixture(params=["Infer", "Relay", "within the process"])
+def way(request: pytest.FixtureRequest) -> str:
+    """How inferences reach the router; it answers the same on each."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+async def router(
+    config: RouterConfig, identity: PeerDouble, way: str, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Router]:
+    """A router without Redis and RabbitMQ."""
+    # Nobody is there to take the events, so none are waited for.
+    monkeypatch.setattr("router.server._FLUSH_S", 0.0)
+    async with running(config, identity, way=way) as router:
+        yield router
 
 
 @pytest.fixture
@@ -299,16 +318,17 @@ async def test_revoked_key_is_forgotten_within_a_second(
 
 
 async def test_each_request_is_one_event_in_the_queue(
-    config: RouterConfig, identity: PeerDouble, amqp_url: str
+    config: RouterConfig, identity: PeerDouble, amqp_url: str, way: str
 ) -> None:
     events: list[UsageEvent] = []
 
     async def take(bodies: Sequence[bytes]) -> tuple[int, ...]:
-        events.extend(map(UsageEvent.FromString, bodies))
+        for body in bodies:
+            events.extend(map(UsageEvent.FromString, UsageEventBatch.FromString(body).events))
         return ()
 
     consumer = asyncio.create_task(Broker(amqp_url, USAGE).consume(USAGE, take, batch_size=10, wait_s=0.05))
-    async with running(replace(config, amqp_url=amqp_url), identity) as router, ScriptedBackend() as engine:
+    async with running(replace(config, amqp_url=amqp_url), identity, way=way) as router, ScriptedBackend() as engine:
         await router.add_model("m")
         await router.add_backend("only", engine.base_url, "m")
         await router.answer(CHAT)

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiaas.type.v1.usage_event_pb2 import Endpoint, Outcome, TokenUsage, UsageEvent
-from analytics.events import TEXT_BYTES, UnacceptableEvent, read_event
-from tests.doubles.usage_events import NOW, usage_event
+from analytics.events import BATCH_BYTES, TEXT_BYTES, UnacceptableEvent, read_batch, read_event
+from tests.doubles.usage_events import NOW, usage_batch, usage_event
 
 
 def refusal(event: UsageEvent | bytes) -> str:
@@ -120,3 +120,23 @@ def test_any_bytes_are_read_or_refused_and_never_fail_otherwise(body: bytes) -> 
 
 def test_refusal_repeats_nothing_of_the_event() -> None:
     assert "canary" not in refusal(usage_event(organization_id="canary\0"))
+
+
+def test_batch_holds_its_events_as_they_came() -> None:
+    events = [usage_event().SerializeToString(), b"\xff\xff", b"", usage_event("req_2").SerializeToString()]
+    assert list(read_batch(usage_batch(*events))) == events
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\xff",
+        usage_event().SerializeToString(),
+        usage_batch(b"x" * (1 << 16)) * (1 + BATCH_BYTES // (1 << 16)),
+    ],
+    ids=["nothing", "garbage", "event of version 1", "too large"],
+)
+def test_body_that_is_no_batch_is_refused(body: bytes) -> None:
+    with pytest.raises(UnacceptableEvent):
+        read_batch(body)

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiaas.analytics.v1.usage_service_pb2 import FreshnessState
-from analytics.events import UnacceptableEvent, read_event
+from analytics.events import UnacceptableEvent, read_batch
 from analytics.freshness import Freshness, read_mark, write_mark
-from tests.doubles.usage_events import NOW, usage_event
+from tests.doubles.usage_events import NOW, usage_batch, usage_event
 
 FRESH, STALE, DELAYED = (
     FreshnessState.FRESHNESS_STATE_FRESH,
@@ -40,7 +40,7 @@ def test_mark_is_read_as_it_was_written() -> None:
 @given(st.binary(max_size=30))
 def test_no_event_is_taken_for_a_mark(body: bytes) -> None:
     assert read_mark(body) is None or body.startswith(b"\0complete_v1")
-    assert read_mark(usage_event().SerializeToString()) is None
+    assert read_mark(usage_batch(usage_event())) is None
 
 
 def test_mark_of_an_absurd_time_is_none() -> None:
@@ -49,4 +49,4 @@ def test_mark_of_an_absurd_time_is_none() -> None:
 
 def test_mark_is_never_taken_for_an_event() -> None:
     with pytest.raises(UnacceptableEvent):
-        read_event(write_mark(NOW), NOW)
+        read_batch(write_mark(NOW))

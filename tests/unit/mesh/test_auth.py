@@ -9,6 +9,7 @@ from random import Random
 import grpc
 import pytest
 from google.protobuf.message import Message
+from prometheus_client import REGISTRY
 
 from aiaas.analytics.v1 import usage_service_pb2
 from aiaas.identity.v1 import api_key_service_pb2, auth_service_pb2, auth_service_pb2_grpc, organization_service_pb2
@@ -118,6 +119,90 @@ async def test_a_principal_is_asked_for_once_and_again_when_its_time_is_over(
     clock.advance(12.1)
     await cache.authenticate(KEY.text)
     assert len(source.calls) == 2
+
+
+def answers(source: str) -> float:
+    return REGISTRY.get_sample_value("aiaas_authentications_total", {"source": source}) or 0
+
+
+async def test_what_is_fresh_is_answered_at_once_by_the_same_object(
+    cache: CachedAuthenticator, source: Source, clock: ManualClock
+) -> None:
+    assert cache.cached(KEY.text) is None
+    known = await cache.authenticate(KEY.text)
+    before = answers("cache")
+    assert cache.cached(KEY.text) is known
+    assert await cache.authenticate(KEY.text) is known
+    assert answers("cache") == before + 2
+    clock.advance(60)
+    assert cache.cached(KEY.text) is None
+    assert answers("cache") == before + 2
+    assert len(source.calls) == 1
+
+
+async def test_a_principal_that_has_not_changed_stays_the_same_object(
+    cache: CachedAuthenticator, source: Source, clock: ManualClock
+) -> None:
+    known = await cache.authenticate(KEY.text)
+    source.known[KEY.text] = principal()
+    clock.advance(60)
+    assert await cache.authenticate(KEY.text) is known
+    assert cache.cached(KEY.text) is known
+    source.known[KEY.text] = principal("models.get")
+    clock.advance(60)
+    await cache.authenticate(KEY.text)
+    assert cache.cached(KEY.text) == principal("models.get")
+
+
+@pytest.mark.parametrize("credential", ["", "x", "x" * 10_000, "\udcff", "aias_\udcff", KEY.text + "x"])
+async def test_what_is_not_known_is_not_answered_at_once(cache: CachedAuthenticator, credential: str) -> None:
+    await cache.authenticate(KEY.text)
+    assert cache.cached(credential) is None
+
+
+async def test_what_is_revoked_or_in_doubt_is_not_answered_at_once(cache: CachedAuthenticator) -> None:
+    await cache.authenticate(KEY.text)
+    await cache.authenticate(OTHER_KEY.text)
+    cache.invalidate(revoked(api_key_id=KEY.key_id))
+    assert cache.cached(KEY.text) is None
+    assert cache.cached(OTHER_KEY.text) is not None
+    cache.expire_all()
+    assert cache.cached(OTHER_KEY.text) is None
+
+
+async def test_what_is_served_while_identity_is_away_is_not_answered_at_once(
+    cache: CachedAuthenticator, source: Source, clock: ManualClock
+) -> None:
+    await cache.authenticate(KEY.text)
+    clock.advance(60)
+    source.failure = PlatformError(Reason.UNAVAILABLE)
+    assert await cache.authenticate(KEY.text) == principal()
+    assert cache.cached(KEY.text) is None
+
+
+async def test_a_key_that_ends_within_its_time_in_the_cache_is_not_answered_beyond_its_end(
+    cache: CachedAuthenticator, source: Source, clock: ManualClock
+) -> None:
+    source.known[KEY.text] = principal(expire_time=clock.now() + timedelta(seconds=10))
+    await cache.authenticate(KEY.text)
+    clock.advance(9.9)
+    assert cache.cached(KEY.text) is not None
+    clock.advance(0.1)
+    assert cache.cached(KEY.text) is None
+    assert (await refused(cache.authenticate(KEY.text))).reason is Reason.API_KEY_INVALID
+    assert len(source.calls) == 1
+
+
+async def test_an_answer_at_once_counts_as_a_use(source: Source, clock: ManualClock) -> None:
+    keys = [api_key.generate() for _ in range(3)]
+    source.known |= {key.text: principal(key_id=key.key_id) for key in keys}
+    cache = CachedAuthenticator(source, clock, Random(1), max_entries=2)
+    await cache.authenticate(keys[0].text)
+    await cache.authenticate(keys[1].text)
+    cache.cached(keys[0].text)
+    await cache.authenticate(keys[2].text)
+    assert cache.cached(keys[0].text) is not None
+    assert cache.cached(keys[1].text) is None
 
 
 async def test_entries_made_together_do_not_all_end_together(source: Source, clock: ManualClock) -> None:

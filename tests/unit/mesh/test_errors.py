@@ -1,6 +1,7 @@
 """The error catalog: every reason in gRPC, in OpenAI's JSON and in AIP-193."""
 
 import string
+from typing import Any
 
 import grpc
 import pytest
@@ -119,6 +120,27 @@ def test_a_rate_limit_says_when_to_come_back_in_whole_seconds(delay: float | Non
     error = PlatformError(Reason.RATE_LIMIT_EXCEEDED, retry_after_s=delay)
     assert response_headers(error) == {"Retry-After": header}
     assert error.entry.openai_code == "rate_limit_exceeded"
+
+
+def test_what_is_left_of_a_rate_limit_reaches_the_client_through_a_peer() -> None:
+    details: dict[str, Any] = {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "1m30s"}
+    raised = PlatformError(Reason.RATE_LIMIT_EXCEEDED, retry_after_s=1.5, **details)
+    assert response_headers(from_status(to_status(raised))) == {
+        "x-ratelimit-remaining-requests": "0",
+        "x-ratelimit-reset-requests": "1m30s",
+        "Retry-After": "2",
+    }
+
+
+def test_a_request_that_no_wait_would_help_is_not_to_be_tried_again() -> None:
+    details: dict[str, Any] = {"x-should-retry": "false"}
+    raised = PlatformError(Reason.RATE_LIMIT_EXCEEDED, **details)
+    assert response_headers(from_status(to_status(raised))) == {"x-should-retry": "false"}
+
+
+def test_only_a_rate_limit_has_its_headers() -> None:
+    details: dict[str, Any] = {"x-ratelimit-remaining-requests": "0"}
+    assert response_headers(PlatformError(Reason.NOT_FOUND, **details)) == {}
 
 
 def test_no_outage_is_told_as_a_wrong_credential() -> None:

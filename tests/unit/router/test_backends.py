@@ -11,7 +11,7 @@ from mesh.errors import PlatformError, Reason
 from router.backends import Backend, BackendModel, BackendState, Registry, RegistryContent
 from router.health import HealthProber
 from router.models import Model
-from router.upstream import UpstreamError
+from router.http1 import UpstreamError
 
 MODEL = Model("m", aliases=("alias",), endpoints=(ENDPOINT_CHAT_COMPLETIONS,))
 BACKEND = Backend("b", "http://host", ENGINE_KIND_VLLM, models=(BackendModel("m"),))

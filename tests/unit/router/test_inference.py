@@ -9,6 +9,7 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
+import msgspec
 import pytest
 import pytest_asyncio
 
@@ -30,12 +31,15 @@ from aiaas.type.v1.usage_event_pb2 import (
 from mesh.auth import Principal
 from mesh.clock import SystemClock
 from mesh.errors import PlatformError, Reason
+from mesh.scripts import Scripts
 from router.backends import Backend, BackendModel, Registry, RegistryContent
 from router.health import HealthProber
-from router.inference import Engine, Head, Inference, InferenceRequest, Part, Tail
+from router.inference import Engine, Head, Inference, InferenceRequest, Tail
 from router.models import Model
+from router.rate_limits import Defaults, RateLimiter
 from router.routing import Routing
 from router.upstream import HttpUpstream, Timeouts
+from tests.doubles.reader import Part, QueueReader
 from tests.doubles.scripted_backend import (
     Answer,
     Cut,
@@ -82,6 +86,7 @@ class World:
         self.timeouts = Timeouts(connect_s=2, first_byte_s=5, answer_s=5, idle_s=5)
         self.upstream = upstream
         self.routing = Routing(Random(1))
+        self.limit(Defaults(1e6, 1_000_000, 1000))
         self.backends = {
             name: Backend(name, engine.base_url, ENGINE_KIND_VLLM, models=(BackendModel("m", "up"),))
             for name, engine in (("first", self.first), ("second", self.second))
@@ -90,19 +95,35 @@ class World:
     def record(self, event: UsageEvent) -> None:
         self.events.append(event)
 
+    def limit(self, limits: Defaults) -> None:
+        """Have a limiter that judges by itself, as its Redis is away."""
+        self.limiter = RateLimiter(Scripts("redis://127.0.0.1:1", SystemClock()), SystemClock(), "router-1", limits)
+
     async def use(self, *backends: Backend) -> None:
         """Register exactly these backends, and learn of their health."""
         self.store.content = RegistryContent(self.store.content.revision + 1, (MODEL,), backends)
         await self.registry.refresh()
         await self.prober.probe_all()
 
-    def begin(self, body: dict[str, Any], /, **changes: Any) -> Inference:
-        engine = Engine(self.registry, self.routing, self.upstream, self, SystemClock(), self.timeouts, "router-1")
+    def begin(self, body: dict[str, Any], /, **changes: Any) -> tuple[Inference, AsyncGenerator[Part, None]]:
+        """An inference, and its parts, which run it."""
+        engine = Engine(
+            self.registry,
+            self.routing,
+            self.limiter,
+            self.upstream,
+            self,
+            SystemClock(),
+            self.timeouts,
+            "router-1",
+        )
         request = InferenceRequest("req_1", ENDPOINT_CHAT_COMPLETIONS, json.dumps(body).encode(), PRINCIPAL)
-        return engine.begin(replace(request, **changes))
+        reader = QueueReader()
+        inference = engine.begin(msgspec.structs.replace(request, **changes), reader)
+        return inference, reader.parts(inference)
 
     def parts(self, body: dict[str, Any], /, **changes: Any) -> AsyncGenerator[Part, None]:
-        return self.begin(body, **changes).parts()
+        return self.begin(body, **changes)[1]
 
     async def answer(self, body: dict[str, Any], /, **changes: Any) -> tuple[Head, bytes, Tail]:
         parts = [part async for part in self.parts(body, **changes)]
@@ -159,7 +180,12 @@ async def test_document_passes_unchanged_and_is_accounted(world: World) -> None:
     answer = chat_document("Hello", prompt_tokens=11, completion_tokens=3)
     world.first.script.append(answer)
     head, data, tail = await world.answer(CHAT, idempotency_key="once")
-    assert head == Head("req_1", "application/json", "m", "first")
+    assert (head.request_id, head.content_type, head.model, head.backend_id) == (
+        "req_1",
+        "application/json",
+        "m",
+        "first",
+    )
     assert data == answer.steps[0]
     assert (tail.usage.prompt_tokens, tail.usage.completion_tokens, tail.finish_reason) == (11, 3, "stop")
     assert tail.outcome == OUTCOME_SUCCEEDED
@@ -201,6 +227,43 @@ async def test_engine_without_usage_is_counted(world: World) -> None:
     await world.answer(STREAM)
     event = world.event()
     assert (event.usage.completion_tokens, event.usage_source) == (3, USAGE_SOURCE_COUNTED)
+
+
+async def test_request_over_the_limit_is_refused_before_any_engine(world: World) -> None:
+    world.limit(Defaults(requests_per_second=0.001, burst_requests=1, concurrent_requests=10))
+    head, _, _ = await world.answer(CHAT)
+    assert dict(head.headers)["x-ratelimit-remaining-requests"] == "0"
+    error = await world.refusal(CHAT)
+    assert error.reason is Reason.RATE_LIMIT_EXCEEDED
+    assert error.retry_after_s is not None
+    assert world.events[-1].outcome == OUTCOME_REFUSED
+    assert len(world.first.received) == 1
+
+
+@pytest.mark.parametrize("way", ["succeeds", "fails", "is abandoned", "is refused by its engine"])
+async def test_room_of_a_request_is_free_again_however_it_ends(world: World, way: str) -> None:
+    world.limit(Defaults(requests_per_second=1000, burst_requests=1000, concurrent_requests=1))
+    if way == "succeeds":
+        await world.answer(CHAT)
+    elif way == "fails":
+        world.first.script.append(failure(500))
+        await world.refusal(CHAT)
+    elif way == "is refused by its engine":
+        world.first.script.append(failure(400))
+        await world.refusal(CHAT)
+    else:
+        world.first.script.append(Answer([*sse(chunk("a"), done=False), asyncio.Event()], content_type=EVENTS))
+        async with aclosing(world.parts(STREAM)) as parts:
+            await anext(parts)
+            assert (await world.refusal(CHAT)).reason is Reason.RATE_LIMIT_EXCEEDED
+    assert (await world.answer(CHAT))[2].outcome == OUTCOME_SUCCEEDED
+
+
+async def test_tokens_that_were_not_used_are_given_back(world: World) -> None:
+    world.limit(Defaults(requests_per_second=1000, burst_requests=1000, concurrent_requests=9, tokens_per_minute=1000))
+    world.first.default = chat_document("Hello", prompt_tokens=11, completion_tokens=3)
+    for _ in range(5):
+        await world.answer(CHAT | {"max_tokens": 900})
 
 
 async def test_alias_is_answered_and_accounted_as_the_model(world: World) -> None:
@@ -490,8 +553,7 @@ async def test_cancelled_while_the_engine_thinks(world: World) -> None:
 @pytest.mark.parametrize("way", ["task cancelled", "generator closed", "abandoned"])
 async def test_cancelled_in_the_middle_is_billed_what_was_produced(world: World, way: str) -> None:
     world.first.default = Answer([*sse(chunk("a"), chunk("b"), done=False), asyncio.Event()], content_type=EVENTS)
-    inference = world.begin(STREAM)
-    parts = inference.parts()
+    inference, parts = world.begin(STREAM)
     produced = b""
     async for part in parts:
         produced += part if isinstance(part, bytes) else b""
@@ -519,8 +581,7 @@ async def test_cancelled_in_the_middle_is_billed_what_was_produced(world: World,
 async def test_abandoned_inference_does_not_go_on(world: World) -> None:
     go_on = asyncio.Event()
     world.first.default = Answer([*sse(chunk("a"), done=False), asyncio.Event()], content_type=EVENTS, before=[go_on])
-    inference = world.begin(STREAM)
-    parts = inference.parts()
+    inference, parts = world.begin(STREAM)
     task = asyncio.ensure_future(anext(parts))
     await until(lambda: bool(world.first.received))
     inference.abandon()

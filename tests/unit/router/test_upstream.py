@@ -9,7 +9,8 @@ import pytest_asyncio
 
 from aiaas.router.v1.backend_service_pb2 import ENGINE_KIND_VLLM
 from router.backends import Backend
-from router.upstream import ConnectionLostError, HttpUpstream, Timeouts
+from router.http1 import ConnectionLostError
+from router.upstream import HttpUpstream, Timeouts
 from tests.doubles.scripted_backend import Answer, Cut, ScriptedBackend
 
 OK = Answer([b"{}"])
@@ -32,7 +33,7 @@ async def ask(upstream: HttpUpstream, base_url: str, body: bytes = b"{}") -> byt
     backend = Backend("engine", base_url, ENGINE_KIND_VLLM)
     answer = await upstream.open(backend, "/v1/completions", body, TIMEOUTS, streamed=False)
     try:
-        return b"".join([chunk async for chunk in answer.chunks])
+        return await answer.read(1 << 20)
     finally:
         answer.close()
 
@@ -98,17 +99,26 @@ async def engine_of_one_answer(
 ) -> AsyncIterator[str]:
     """The address of an engine that answers once on each connection, then does `second`, and closes it."""
 
+    handlers: list[asyncio.Task[object] | None] = []
+
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await read_request(reader)
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}")
-        await second(reader, writer)
-        writer.close()
-        with contextlib.suppress(ConnectionError):
-            await writer.wait_closed()
+        handlers.append(asyncio.current_task())
+        try:
+            await read_request(reader)
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}")
+            await second(reader, writer)
+        finally:
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
 
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
     async with server:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    for handler in handlers:
+        if handler is not None and not handler.done():
+            handler.cancel()
+            await asyncio.wait([handler])
 
 
 async def read_request(reader: asyncio.StreamReader) -> None:

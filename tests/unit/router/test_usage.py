@@ -1,12 +1,27 @@
-"""Reading an engine's token counts."""
+"""Reading an engine's token counts, and building the event of a request."""
 
+import hashlib
 import json
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
-from aiaas.type.v1.usage_event_pb2 import TokenUsage
-from router.usage import read_response_usage, read_usage
+from aiaas.type.v1.usage_event_pb2 import (
+    ENDPOINT_CHAT_COMPLETIONS,
+    OUTCOME_REFUSED,
+    OUTCOME_SUCCEEDED,
+    USAGE_SOURCE_ENGINE,
+    Attempt,
+    TokenUsage,
+    UsageEvent,
+)
+from mesh.auth import Principal
+from router.usage import AttemptRecord, UsageRecord, build_event, read_response_usage, read_usage
+
+PRINCIPAL = Principal("api_key", "key_1", "org_1", api_key_id="key_1", user_id="user_1", service_account_id="sa_1")
+# Microseconds that no float of seconds holds exactly, and a second that the request crosses.
+ADMITTED = datetime(2026, 11, 20, 12, 30, 15, 999_999, tzinfo=UTC)
 
 
 def both(prompt: int, cached: int | None, completion: int, reasoning: int | None) -> tuple[TokenUsage | None, ...]:
@@ -46,3 +61,77 @@ def test_counts_are_held_to_what_a_usage_event_may_say(
 
 def test_count_beyond_any_request_is_garbage() -> None:
     assert both(10**10, 0, 1, 0) == both(1, 10**10, 1, 0) == (None, None)
+
+
+def record(**fields: Any) -> UsageRecord:
+    return UsageRecord("req_1", ENDPOINT_CHAT_COMPLETIONS, PRINCIPAL, ADMITTED, admitted=1000.0, **fields)
+
+
+def test_event_tells_all_of_a_request() -> None:
+    told = record(
+        idempotency_key="once",
+        model="m",
+        backend_id="second",
+        streamed=True,
+        first_byte=1000.25,
+        attempts=[
+            AttemptRecord("first", started=1000.0, ended=1000.125, failure_reason="backend_error"),
+            AttemptRecord("second", started=1000.125),
+        ],
+        usage=TokenUsage(prompt_tokens=9, completion_tokens=4),
+        usage_source=USAGE_SOURCE_ENGINE,
+        finish_reason="stop",
+    )
+    expected = UsageEvent(
+        schema_version=1,
+        request_id="req_1",
+        organization_id="org_1",
+        api_key_id="key_1",
+        user_id="user_1",
+        service_account_id="sa_1",
+        endpoint=ENDPOINT_CHAT_COMPLETIONS,
+        model="m",
+        backend_id="second",
+        outcome=OUTCOME_SUCCEEDED,
+        usage=TokenUsage(prompt_tokens=9, completion_tokens=4),
+        usage_source=USAGE_SOURCE_ENGINE,
+        duration_micros=1_500_000,
+        ttft_micros=250_000,
+        streamed=True,
+        attempts=[
+            Attempt(backend_id="first", duration_micros=125_000, failure_reason="backend_error"),
+            Attempt(backend_id="second", duration_micros=1_375_000),
+        ],
+        router_id="router-1",
+        finish_reason="stop",
+        idempotency_digest=hashlib.sha256(b"once").hexdigest(),
+    )
+    expected.admit_time.FromDatetime(ADMITTED)
+    expected.end_time.FromDatetime(ADMITTED + timedelta(seconds=1.5))
+    expected.attempts[0].start_time.FromDatetime(ADMITTED)
+    expected.attempts[1].start_time.FromDatetime(ADMITTED + timedelta(seconds=0.125))
+    assert build_event(told, OUTCOME_SUCCEEDED, "", 1001.5, "router-1") == expected
+
+
+def test_event_of_a_refusal_names_no_backend_and_no_first_byte() -> None:
+    event = build_event(record(), OUTCOME_REFUSED, "unknown_field", 1000.001, "router-1")
+    assert (event.outcome, event.reason, event.ttft_micros, event.duration_micros) == (
+        OUTCOME_REFUSED,
+        "unknown_field",
+        0,
+        1000,
+    )
+    assert (event.usage, event.idempotency_digest, list(event.attempts)) == (TokenUsage(), "", [])
+
+
+def test_first_byte_in_the_moment_of_admission_is_not_taken_for_none() -> None:
+    assert build_event(record(first_byte=1000.0), OUTCOME_SUCCEEDED, "", 1000.0, "router-1").ttft_micros == 1
+
+
+@pytest.mark.parametrize("micros", [0, 1, 250_000, 999_999])
+def test_times_are_exact_to_the_microsecond(micros: int) -> None:
+    told = record()
+    told.admit_time = ADMITTED.replace(microsecond=micros)
+    event = build_event(told, OUTCOME_SUCCEEDED, "", 1000.000_001, "router-1")
+    assert event.admit_time.ToDatetime(UTC) == told.admit_time
+    assert event.end_time.ToDatetime(UTC) == told.admit_time + timedelta(microseconds=1)

@@ -225,8 +225,9 @@ class RelayFrame(_message.Message):
     TAIL_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
     DRAIN_FIELD_NUMBER: _builtins.int
+    PING_FIELD_NUMBER: _builtins.int
     inference_id: _builtins.int
-    """The inference, chosen by the edge, unique on this stream."""
+    """The inference, chosen by the edge, unique on this stream; 0 for what concerns the whole stream."""
     data: _builtins.bytes
     """Router to edge: bytes of the answer."""
     status: _builtins.bytes
@@ -241,7 +242,7 @@ class RelayFrame(_message.Message):
 
     @_builtins.property
     def cancel(self) -> Global___RelayCancel:
-        """Edge to router: the client has gone."""
+        """Edge to router: the client has gone. Nothing more is said of this inference."""
 
     @_builtins.property
     def head(self) -> Global___InferHead:
@@ -253,7 +254,15 @@ class RelayFrame(_message.Message):
 
     @_builtins.property
     def drain(self) -> Global___RelayDrain:
-        """Router to edge: no new inferences on this stream; open ones finish."""
+        """Of the whole stream. Router to edge: no new inferences on it; open ones finish. Edge to router: the last one has
+        been opened, so that the router may end the stream when all have finished.
+        """
+
+    @_builtins.property
+    def ping(self) -> Global___RelayPing:
+        """Of the whole stream. Edge to router: are you there; router to edge: I am. The edge asks every half second, first
+        of all when the stream begins, and gives a silent router up.
+        """
 
     def __init__(
         self,
@@ -267,12 +276,13 @@ class RelayFrame(_message.Message):
         tail: Global___InferTail | None = ...,
         status: _builtins.bytes = ...,
         drain: Global___RelayDrain | None = ...,
+        ping: Global___RelayPing | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "credit", b"credit", "data", b"data", "drain", b"drain", "head", b"head", "kind", b"kind", "open", b"open", "status", b"status", "tail", b"tail"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "credit", b"credit", "data", b"data", "drain", b"drain", "head", b"head", "kind", b"kind", "open", b"open", "ping", b"ping", "status", b"status", "tail", b"tail"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "credit", b"credit", "data", b"data", "drain", b"drain", "head", b"head", "inference_id", b"inference_id", "kind", b"kind", "open", b"open", "status", b"status", "tail", b"tail"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "credit", b"credit", "data", b"data", "drain", b"drain", "head", b"head", "inference_id", b"inference_id", "kind", b"kind", "open", b"open", "ping", b"ping", "status", b"status", "tail", b"tail"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["open", "credit", "cancel", "head", "data", "tail", "status", "drain"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["open", "credit", "cancel", "head", "data", "tail", "status", "drain", "ping"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -377,6 +387,23 @@ class RelayDrain(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RelayDrain: _TypeAlias = RelayDrain  # noqa: Y015
+
+@_typing.final
+class RelayPing(_message.Message):
+    """A sign of life."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RelayPing: _TypeAlias = RelayPing  # noqa: Y015
 
 @_typing.final
 class ListServedModelsRequest(_message.Message):
