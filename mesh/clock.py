@@ -22,6 +22,6 @@ class SystemClock:
         """The time of day, in UTC."""
         return datetime.now(UTC)
 
-    def monotonic(self) -> float:
-        """Seconds since the machine's arbitrary start."""
-        return time.monotonic()
+    # Asked ten times by each inference, so it is the built-in itself.
+    monotonic = staticmethod(time.monotonic)
+    """Seconds since the machine's arbitrary start."""

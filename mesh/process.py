@@ -11,6 +11,7 @@ role of a running service may not change tables).
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -69,6 +70,15 @@ def main(
     finally:
         end_tracing()
     sys.exit(status)
+
+
+def spare_collector() -> None:
+    """For a server that has started: what start-up made stays, so the collector need not look at it again; and what a
+    request makes is freed without it, as nothing of it refers back. Looking every 700 objects for what is not there
+    takes a tenth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
 def _parser(service: str, migrations: str | None) -> argparse.ArgumentParser:

@@ -197,7 +197,6 @@ class _Link(asyncio.Protocol):
         self.ended: asyncio.Future[None] = self.loop.create_future()
         self.proven = False
         """Whether a call has been answered."""
-        # Not the loop's own time, which uvloop keeps for a turn however long that takes.
         self._clock = clock
         self._timeout_s = timeout_s
         self._transport: asyncio.Transport | None = None

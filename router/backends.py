@@ -140,7 +140,7 @@ class BackendState:
         self.health_reason = ""
         self.in_flight = 0
         self._failures = 0
-        self._in_flight_gauge = metrics.REQUESTS_IN_FLIGHT.labels(backend_id)
+        metrics.REQUESTS_IN_FLIGHT.labels(backend_id).set_function(lambda: self.in_flight)
         self._healthy_gauge = metrics.BACKEND_HEALTHY.labels(backend_id)
         self._healthy_gauge.set(0)
 
@@ -168,12 +168,10 @@ class BackendState:
     def start_request(self) -> None:
         """Count a request that is sent to it."""
         self.in_flight += 1
-        self._in_flight_gauge.set(self.in_flight)
 
     def end_request(self) -> None:
         """Count a request that has ended there."""
         self.in_flight -= 1
-        self._in_flight_gauge.set(self.in_flight)
 
     def forget(self) -> None:
         """Take its children out of the metrics, as the backend is gone."""

@@ -140,9 +140,11 @@ class Engine:
         self.timeouts = timeouts
         self.router_id = router_id
 
-    def begin(self, request: InferenceRequest, reader: Reader) -> Inference:
-        """An inference that begins now, and goes on when it is run."""
-        return Inference(self, request, reader)
+    def begin(
+        self, request: InferenceRequest, reader: Reader, task: asyncio.Task[None] | None = None
+    ) -> Inference:
+        """An inference that begins now, and goes on when it is run; in `task`, if that is known already."""
+        return Inference(self, request, reader, task)
 
 
 class Inference:
@@ -163,7 +165,9 @@ class Inference:
         "_watch",
     )
 
-    def __init__(self, engine: Engine, request: InferenceRequest, reader: Reader) -> None:
+    def __init__(
+        self, engine: Engine, request: InferenceRequest, reader: Reader, task: asyncio.Task[None] | None
+    ) -> None:
         self._engine = engine
         self._request = request
         self._reader = reader
@@ -175,7 +179,7 @@ class Inference:
             admitted=engine.clock.monotonic(),
             idempotency_key=request.idempotency_key,
         )
-        self._task: asyncio.Task[object] | None = None
+        self._task = task
         self._permit: Permit | None = None
         self._served: Served | None = None
         self._answer: UpstreamAnswer | None = None
@@ -192,7 +196,8 @@ class Inference:
         platform's (UNAVAILABLE, NO_BACKEND_AVAILABLE, BACKEND_ERROR, BACKEND_TIMEOUT); after it BACKEND_ERROR or
         BACKEND_TIMEOUT for an answer that broke off; DEADLINE_EXCEEDED at any time.
         """
-        self._task = asyncio.current_task()
+        if self._task is None:
+            self._task = asyncio.current_task()
         remaining_s = self._remaining_s()
         if remaining_s is not None:
             # What asyncio.timeout does, at a fifth of its cost.
@@ -208,7 +213,7 @@ class Inference:
             self._settle(self._outcome_of(error), error.reason.value)
             raise
         except asyncio.CancelledError:
-            self.abandon()
+            self._give_up()
             if self._has_expired and self._task is not None and self._task.uncancel() == 0:
                 raise PlatformError(Reason.DEADLINE_EXCEEDED) from None
             raise
@@ -218,9 +223,14 @@ class Inference:
         self._reader.tail(Tail(self._record.usage, self._record.finish_reason, usage_event_pb2.OUTCOME_SUCCEEDED))
 
     def abandon(self) -> None:
-        """Nobody waits for the answer any more: close and record, unless that has happened, and cancel who runs it."""
-        if self._settled:
-            return
+        """Nobody waits for the answer any more: close and record, unless that has happened, and cancel who runs it. Not
+        for whoever runs it."""
+        if not self._settled:
+            self._give_up()
+            if self._task is not None:
+                self._task.cancel()
+
+    def _give_up(self) -> None:
         if self._watch is not None and self._watch.complete:
             # Clients hang up at the closing marker; they have had everything by then.
             self._settle(usage_event_pb2.OUTCOME_SUCCEEDED, "")
@@ -228,8 +238,6 @@ class Inference:
             self._settle(usage_event_pb2.OUTCOME_DEADLINE_EXCEEDED, Reason.DEADLINE_EXCEEDED.value)
         else:
             self._settle(usage_event_pb2.OUTCOME_CANCELLED, Reason.CANCELLED.value)
-        if self._task is not None and self._task is not asyncio.current_task():
-            self._task.cancel()
 
     def pause(self) -> None:
         """The reader does not keep up: let the engine wait, until `resume`."""
@@ -410,7 +418,11 @@ class Inference:
         metrics.requests(endpoint, record.model, _OUTCOME_NAMES[outcome]).inc()
         metrics.request_duration(endpoint, record.model).observe(ended - record.admitted, self._exemplar())
         if self._permit is not None:
-            self._permit.settle(record.usage.prompt_tokens + record.usage.completion_tokens)
+            used_tokens = record.usage.prompt_tokens + record.usage.completion_tokens
+            if watch is not None and watch.usage is None:
+                # The engine had the whole prompt, even where it did not come to tell of it.
+                used_tokens += requests.estimate_tokens(self._request.body)
+            self._permit.settle(used_tokens)
         if self._request.span is not None:
             _describe(self._request.span, record, _OUTCOME_NAMES[outcome], reason)
         self._engine.recorder.record(build_event(record, outcome, reason, ended, self._engine.router_id))

@@ -61,7 +61,8 @@ class Relay:
         self._authenticator = authenticator
         self._outbox = Outbox(window_s=window_s)
         self._running: dict[int, _Relayed] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.get_running_loop()
+        self._tasks: set[asyncio.Task[None] | None] = set()
         self._last_opened = False
 
     def batches(self) -> AsyncIterator[pb.RelayBatch]:
@@ -100,29 +101,30 @@ class Relay:
     async def close(self) -> None:
         """Abandon what runs, and wait until it has ended."""
         self.abandon()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        tasks = [task for task in self._tasks if task is not None]
+        if tasks:
+            await asyncio.wait(tasks)
 
     def _begin(self, inference_id: int, opened: pb.RelayOpen) -> None:
         relayed = self._running[inference_id] = _Relayed(self, inference_id, opened.credit_bytes)
-        task = relayed.task = asyncio.create_task(self._run(relayed, opened))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        run = self._run_traced if opened.traceparent else self._run
+        relayed.task = self._loop.create_task(run(relayed, opened))
+        self._tasks.add(relayed.task)
 
-    async def _run(self, relayed: _Relayed, opened: pb.RelayOpen) -> None:
-        context.request_id.set(opened.request_id)
-        context.credential.set(opened.credential)
+    async def _run_traced(self, relayed: _Relayed, opened: pb.RelayOpen) -> None:
         span = tracing.resume("router", opened.traceparent)
         if span is None:
-            await self._infer(relayed, opened, None)
+            await self._run(relayed, opened)
             return
         try:
             with span.as_current():
-                await self._infer(relayed, opened, span)
+                await self._run(relayed, opened, span)
         finally:
             span.end()
 
-    async def _infer(self, relayed: _Relayed, opened: pb.RelayOpen, span: Span | None) -> None:
+    async def _run(self, relayed: _Relayed, opened: pb.RelayOpen, span: Span | None = None) -> None:
+        context.request_id.set(opened.request_id)
+        context.credential.set(opened.credential)
         try:
             principal = self._authenticator.cached(opened.credential)
             if principal is None:
@@ -143,6 +145,7 @@ class Relay:
                     span,
                 ),
                 relayed,
+                relayed.task,
             )
             await relayed.inference.run()
         except Exception as error:
@@ -152,6 +155,8 @@ class Relay:
             if span is not None:
                 span.fail(error.reason.value)
             relayed.end(error)
+        finally:
+            self._tasks.discard(relayed.task)
 
     def _finish(self, inference_id: int) -> None:
         """Forget an inference of which everything has been sent."""
@@ -224,6 +229,8 @@ class _Relayed:
             self._outbox.add(self._inference_id).status = to_status(end).SerializeToString()
         else:
             write_tail(self._outbox.add(self._inference_id).tail, end)
+        # They refer to each other; without this, only the collector would free them.
+        self.inference = None
         self._relay._finish(self._inference_id)
 
 

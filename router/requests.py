@@ -257,8 +257,13 @@ def parse(endpoint: int, body: bytes) -> ParsedRequest:
         # An engine may store by default what any caller could then read.
         request.store = False
         _refuse_remote_media(request.input, "input")
-    ceiling_tokens = len(body) // _BYTES_PER_TOKEN + _completion_tokens(request)
+    ceiling_tokens = estimate_tokens(body) + _completion_tokens(request)
     return ParsedRequest(endpoint, request.model, stream, wants_usage, ceiling_tokens, request)
+
+
+def estimate_tokens(body: bytes) -> int:
+    """About how many tokens a prompt has."""
+    return len(body) // _BYTES_PER_TOKEN
 
 
 def _completion_tokens(request: _Request) -> int:

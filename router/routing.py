@@ -34,6 +34,8 @@ class Routing:
         ]
         if not candidates:
             raise PlatformError(Reason.NO_BACKEND_AVAILABLE, retry_after_s=RETRY_AFTER_S)
+        if len(candidates) == 1:
+            return candidates[0]
         # The load that a backend has, not the one it would get: else an idle system would always take the heaviest.
         least = min(map(_load, candidates))
         tied = [served for served in candidates if _load(served) == least]

@@ -34,6 +34,7 @@ from mesh.errors import PlatformError
 from mesh.ids import new_id
 from mesh.interceptors import chain
 from mesh.ops import OpsServer
+from mesh.process import spare_collector
 from mesh.revocations import listen
 from mesh.scripts import Scripts
 from mesh.server import AddServicer, GrpcServer
@@ -147,6 +148,7 @@ async def serve(
             try:
                 await grpc_server.start()
                 announce(relays)
+                spare_collector()
                 await stop.wait()
             finally:
                 relays.drain()

@@ -6,21 +6,24 @@ It asks again only where a kept connection was closed in the very moment of its 
 from __future__ import annotations
 
 import asyncio
-import socket
+import contextlib
 import ssl
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol, Self
 from urllib.parse import urlsplit
 
 from router.backends import Backend
 from router.http1 import (
+    AnswerTooLongError,
     Connection,
     ConnectionRefusedUpstreamError,
     UnansweredError,
     UpstreamAnswer,
     UpstreamError,
+    UpstreamTimeoutError,
 )
 
 HEALTH_PATH = "/health"
@@ -28,6 +31,7 @@ HEALTH_PATH = "/health"
 
 # Engines close an idle connection after 5 s; one that is taken in that very moment loses its request.
 _KEEP_ALIVE_S = 4.0
+_EVICTION_S = 1.0
 _HEALTH_BYTES = 64 << 10
 _TARGETS = 4096
 
@@ -79,9 +83,12 @@ class HttpUpstream:
 
     def __init__(self, credentials: Mapping[str, str]) -> None:
         self._credentials = credentials
+        # Of each engine, the connection that has been idle for the longest is first.
         self._idle: dict[_Address, deque[Connection]] = {}
+        self._eviction: asyncio.TimerHandle | None = None
         self._targets: dict[tuple[str, str, str, str], _Target] = {}
         self._tls: ssl.SSLContext | None = None
+        self._is_closed = False
 
     async def __aenter__(self) -> Self:
         """Nothing is connected before it is needed."""
@@ -89,75 +96,102 @@ class HttpUpstream:
 
     async def __aexit__(self, *_: object) -> None:
         """Close every idle connection; those that answer are their readers' to close."""
-        for connections in self._idle.values():
-            while connections:
-                connections.pop().abort()
-        # Sockets are closed when the loop turns.
-        await asyncio.sleep(0)
+        self._is_closed = True
+        if self._eviction is not None:
+            self._eviction.cancel()
+        for idle in self._idle.values():
+            while idle:
+                idle.pop().abort()
 
     async def open(
         self, backend: Backend, path: str, body: bytes, timeouts: Timeouts, *, streamed: bool
     ) -> UpstreamAnswer:
         """See `Upstream.open`."""
-        target = self._target("POST", backend, path)
-        head = b"%bContent-Length: %d\r\n\r\n" % (target.head, len(body))
         timeout_s = timeouts.first_byte_s if streamed else timeouts.answer_s
-        return await self._ask(target.address, head, body, timeouts.connect_s, timeout_s, timeouts.idle_s)
+        return await self._ask("POST", backend, path, body, timeouts.connect_s, timeout_s, timeouts.idle_s)
 
     async def probe(self, backend: Backend, timeout_s: float) -> None:
         """Ask the engine for its health. Raises UpstreamError if it does not answer with 200 within `timeout_s`."""
-        target = self._target("GET", backend, HEALTH_PATH)
-        answer = await self._ask(target.address, target.head + b"\r\n", b"", timeout_s, timeout_s, timeout_s)
         try:
-            if answer.status != 200:
-                raise UpstreamError(f"it answered {HEALTH_PATH} with {answer.status}")
-            await answer.read(_HEALTH_BYTES)
-        finally:
-            answer.close()
+            async with asyncio.timeout(timeout_s):
+                answer = await self._ask("GET", backend, HEALTH_PATH, b"", timeout_s, timeout_s, timeout_s)
+                try:
+                    if answer.status != 200:
+                        raise UpstreamError(f"it answered {HEALTH_PATH} with {answer.status}")
+                    with contextlib.suppress(AnswerTooLongError):
+                        await answer.read(_HEALTH_BYTES)
+                finally:
+                    answer.close()
+        except TimeoutError:
+            raise UpstreamTimeoutError("it was silent for too long") from None
 
     async def _ask(
-        self, address: _Address, head: bytes, body: bytes, connect_s: float, timeout_s: float, idle_s: float
+        self, verb: str, backend: Backend, path: str, body: bytes, connect_s: float, first_byte_s: float, idle_s: float
     ) -> UpstreamAnswer:
-        connection = self._take(address)
+        target = self._target(verb, backend, path)
+        connection = self._take(target.address)
         if connection is not None:
+            loop = asyncio.get_running_loop()
+            asked_at = loop.time()
             try:
-                return await _first_byte(connection.ask(head, body, idle_s), timeout_s)
+                return await _arrived(connection.ask(target.head, body), first_byte_s, idle_s)
             except UnansweredError:
                 # It was closed as it was taken. Others here have been idle for as long, so the next one is new.
-                pass
-        connection = await self._connect(address, connect_s)
-        return await _first_byte(connection.ask(head, body, idle_s), timeout_s)
+                first_byte_s = max(0.0, first_byte_s - (loop.time() - asked_at))
+        connection = await self._connect(target.address, connect_s)
+        return await _arrived(connection.ask(target.head, body), first_byte_s, idle_s)
 
     def _take(self, address: _Address) -> Connection | None:
-        """The connection that was used last; those that have been idle for too long are closed."""
+        """The connection that was used last, as it is the least likely to be closed by now."""
         idle = self._idle.get(address)
-        if not idle:
-            return None
-        oldest = asyncio.get_running_loop().time() - _KEEP_ALIVE_S
-        while idle and (idle[0].is_closed or idle[0].idle_since < oldest):
-            idle.popleft().abort()
-        while idle:
-            connection = idle.pop()
-            if not connection.is_closed:
-                return connection
+        if idle:
+            oldest = asyncio.get_running_loop().time() - _KEEP_ALIVE_S
+            while idle:
+                connection = idle.pop()
+                if connection.is_usable and connection.idle_since >= oldest:
+                    return connection
+                connection.abort()
         return None
+
+    def _keep(self, address: _Address, connection: Connection) -> None:
+        if self._is_closed:
+            connection.abort()
+            return
+        self._idle.setdefault(address, deque()).append(connection)
+        if self._eviction is None:
+            self._eviction = asyncio.get_running_loop().call_later(_KEEP_ALIVE_S, self._evict)
+
+    def _evict(self) -> None:
+        """Close what has been idle for too long, and look again while there is anything left."""
+        loop = asyncio.get_running_loop()
+        oldest = loop.time() - _KEEP_ALIVE_S
+        for address, idle in list(self._idle.items()):
+            while idle and (not idle[0].is_usable or idle[0].idle_since <= oldest):
+                idle.popleft().abort()
+            if not idle:
+                del self._idle[address]
+        self._eviction = loop.call_later(_EVICTION_S, self._evict) if self._idle else None
 
     async def _connect(self, address: _Address, connect_s: float) -> Connection:
         loop = asyncio.get_running_loop()
-        idle = self._idle.setdefault(address, deque())
-        tls = None
-        if address.scheme == "https":
-            tls = self._tls = self._tls or ssl.create_default_context()
         try:
             async with asyncio.timeout(connect_s):
-                transport, connection = await loop.create_connection(
-                    lambda: Connection(loop, idle.append), address.host, address.port, ssl=tls
+                if address.scheme == "https" and self._tls is None:
+                    # Reading the system's authorities takes tens of milliseconds.
+                    self._tls = await asyncio.to_thread(ssl.create_default_context)
+                _, connection = await loop.create_connection(
+                    lambda: Connection(loop, partial(self._keep, address)),
+                    address.host,
+                    address.port,
+                    ssl=self._tls if address.scheme == "https" else None,
                 )
         except TimeoutError as error:
             raise ConnectionRefusedUpstreamError("it did not take the connection in time") from error
-        except OSError as error:
+        except ssl.SSLError as error:
+            raise ConnectionRefusedUpstreamError("there is no trusted TLS with it") from error
+        except (OSError, UnicodeError) as error:
+            # The latter is for what cannot be the name of a host.
             raise ConnectionRefusedUpstreamError("it refused the connection") from error
-        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection
 
     def _target(self, verb: str, backend: Backend, path: str) -> _Target:
@@ -171,26 +205,23 @@ class HttpUpstream:
 
     def _make_target(self, verb: str, backend: Backend, path: str) -> _Target:
         url = urlsplit(backend.base_url)
-        port = url.port or (443 if url.scheme == "https" else 80)
-        lines = [
-            f"{verb} {url.path.rstrip('/')}{path} HTTP/1.1",
-            f"Host: {url.netloc}",
-            "Accept-Encoding: identity",
-        ]
+        lines = [f"{verb} {url.path.rstrip('/')}{path} HTTP/1.1", f"Host: {url.netloc}", "Accept-Encoding: identity"]
         if verb == "POST":
             lines.append("Content-Type: application/json")
         if variable := backend.credential_variable:
             credential = self._credentials.get(variable)
             if not credential:
                 raise MisconfiguredBackendError(f"the router's environment has no {variable}")
+            if not (credential.isascii() and credential.isprintable()):
+                raise MisconfiguredBackendError(f"{variable} has a character that no header takes")
             lines.append(f"Authorization: Bearer {credential}")
-        head = "".join(f"{line}\r\n" for line in lines).encode("latin-1")
-        return _Target(_Address(url.scheme, url.hostname or "", port), head)
+        address = _Address(url.scheme, url.hostname or "", url.port or (443 if url.scheme == "https" else 80))
+        return _Target(address, "".join(f"{line}\r\n" for line in lines).encode())
 
 
-async def _first_byte(answer: UpstreamAnswer, timeout_s: float) -> UpstreamAnswer:
+async def _arrived(answer: UpstreamAnswer, first_byte_s: float, idle_s: float) -> UpstreamAnswer:
     try:
-        await answer.arrival(timeout_s)
+        await answer.arrival(first_byte_s, idle_s)
     except BaseException:
         answer.close()
         raise

@@ -20,6 +20,8 @@ class RelayClient:
         self._calls: dict[int, RelayedCall] = {}
         self.drained = asyncio.Event()
         self.pongs = 0
+        self.is_silent = False
+        self.has_ended = False
         self._outgoing: asyncio.Queue[pb.RelayFrame] = asyncio.Queue()
         self._tasks = [
             asyncio.create_task(work) for work in (self._read(batches), self._write(), self._show_signs_of_life())
@@ -49,7 +51,8 @@ class RelayClient:
 
     async def _show_signs_of_life(self) -> None:
         while True:
-            self.say(pb.RelayFrame(ping=pb.RelayPing()))
+            if not self.is_silent:
+                self.say(pb.RelayFrame(ping=pb.RelayPing()))
             await asyncio.sleep(0.5)
 
     async def _read(self, batches: AsyncIterator[pb.RelayBatch]) -> None:
@@ -62,6 +65,7 @@ class RelayClient:
                         self.drained.set()
                     case _:
                         self._calls[frame.inference_id].frames.put_nowait(frame)
+        self.has_ended = True
 
 
 class RelayedCall:

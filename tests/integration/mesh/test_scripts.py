@@ -71,9 +71,12 @@ class Server:
     scripts, and what it returns is sent `pause_s` later."""
 
     def __init__(
-        self, answer: Callable[[bytes], bytes | None] = lambda data: b":7\r\n" * data.count(b"EVALSHA")
+        self,
+        answer: Callable[[bytes], bytes | None] = lambda data: b":7\r\n" * data.count(b"EVALSHA"),
+        pause_s: float = 0,
     ) -> None:
         self.answer = answer
+        self.pause_s = pause_s
         self.received: list[bytes] = []
         self.connections = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -330,10 +333,12 @@ async def test_a_busy_process_does_not_blame_the_server(
 
     async def busy(url: str) -> None:
         async with connected(url, timeout_s=0.2) as scripts:
+            if not sent:
+                asyncio.get_running_loop().call_soon(time.sleep, 0.4)
             answer = scripts.run(echo, b"x")
             if sent:
                 await asyncio.sleep(0)
-            time.sleep(0.4)  # noqa: ASYNC251  # it is what this test is about
+                time.sleep(0.4)  # noqa: ASYNC251  # it is what this test is about
             assert await answer == 7
             assert scripts.connections == 1
 

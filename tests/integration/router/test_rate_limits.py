@@ -41,15 +41,14 @@ async def router(url: str, name: str, *, round_s: float = 0.05) -> AsyncIterator
     """A router's limiter and its connection. What it has admitted stays as it is when it ends, as if it was killed."""
     scripts = Scripts(url, SystemClock(), RATE_LIMITS, ROUTERS, timeout_s=1.0)
     limiter = RateLimiter(scripts, SystemClock(), name, Defaults(), round_s=round_s)
-    # They end in this order, so that the limiter can still say goodbye.
+    # As a router ends them: in this order, so that the limiter can still say goodbye.
     tasks = [asyncio.create_task(limiter.run()), asyncio.create_task(scripts.run_connection())]
     try:
         yield limiter
     finally:
         for task in tasks:
             task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @asynccontextmanager
