@@ -1,6 +1,6 @@
 # Everything a person or CI runs. `make up` and `make test` need nothing installed before.
 .DEFAULT_GOAL := help
-.PHONY: help up test test-vllm check generate lock
+.PHONY: help up test test-vllm check generate lock bench bench-guard bench-engine soak
 
 PYTHON := .venv/bin/python
 BIN := .venv/bin
@@ -8,7 +8,7 @@ BIN := .venv/bin
 CONTRACT_BASE ?= $(shell git rev-parse -q --verify origin/main || git rev-parse HEAD)
 # Tests start servers from processes that use gRPC, whose own handling of forks may crash such a child before it runs.
 export GRPC_ENABLE_FORK_SUPPORT := 0
-CODE := mesh identity router analytics edge deploy tests
+CODE := mesh identity router analytics edge gateway deploy tests
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -35,6 +35,22 @@ check: ## Formatting, lint, types, import walls, contracts, generated files
 	$(BIN)/buf format --exit-code >/dev/null
 	proto/generate.sh --check
 	$(BIN)/buf breaking --against '.git#ref=$(CONTRACT_BASE)'
+
+bench: ## Measure ours beside other gateways (ROUNDS=5, TARGETS=aiaas,nginx, TESTS=unary,s200); see docs/benchmark.md
+	@deploy/local/bootstrap.sh up
+	@$(PYTHON) -m tests.load.bench
+
+bench-guard: ## Compare with the parent commit, or BASE=ref; fails if anything costs 1.15 times as much
+	@deploy/local/bootstrap.sh up
+	@$(PYTHON) -m tests.load.guard
+
+bench-engine: ## What we add to real vLLM (AIAAS_VLLM_PYTHON=... where it is installed elsewhere)
+	@deploy/local/bootstrap.sh vllm
+	@$(PYTHON) -m tests.load.engine
+
+soak: ## 1,000 streams for ten minutes (DURATION_S=600), slow readers among them, then a router that is killed
+	@deploy/local/bootstrap.sh up
+	@$(PYTHON) -m tests.load.soak
 
 generate: ## Make gen/ from proto/
 	proto/generate.sh

@@ -3,29 +3,28 @@ log line, errors in the shape of their area; it never serves a request itself.""
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 
 import msgspec
 from google.protobuf.descriptor import ServiceDescriptor
 from prometheus_client import Counter, Histogram
-from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.routing import Route
+from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from edge.exchange import ClientGoneError, Exchange, Limits
+from edge.access_log import AccessLog
+from edge.exchange import ClientGoneError, Exchange, Headers, Limits
 from edge.openai import errors as openai_errors
 from edge.openai.inference import ENDPOINTS, InferenceEndpoint
 from edge.openai.models import ModelsEndpoint
 from edge.operations import HealthEndpoint, MetricsEndpoint, ReadyEndpoint
 from edge.peers import Peers
+from edge.routers import Routers
 from edge.transcode.endpoint import Transcoder
 from mesh import context
 from mesh.errors import PlatformError, Reason, as_platform_error, response_headers, to_aip193
 
 logger = logging.getLogger(__name__)
-access_logger = logging.getLogger("edge.access")
 
 _REQUESTS = Counter("aiaas_edge_requests", "Requests that were answered or given up.", ["route", "status_class"])
 _DURATION = Histogram(
@@ -37,29 +36,36 @@ _DURATION = Histogram(
 
 # nginx's number for a client that closed before it was answered.
 _CLIENT_GONE = 499
+# What tells an operator about an edge that sheds load must not be shed itself.
+_NEVER_SHED = frozenset({"/health", "/ready", "/metrics"})
 
 
-def build_app(peers: Peers, services: Iterable[ServiceDescriptor], limits: Limits) -> ASGIApp:
-    """The whole edge as one ASGI application.
+def build_app(
+    peers: Peers,
+    routers: Routers,
+    services: Iterable[ServiceDescriptor],
+    limits: Limits,
+    access_log: AccessLog | None,
+) -> ASGIApp:
+    """The whole edge as one ASGI application; without an `access_log` it writes no line for each request.
 
     Raises ValueError if a contract has a REST binding that cannot be served.
     """
-    router = peers["router"]
-    app = Starlette(
+    inference = {path: InferenceEndpoint(path, routers) for path in ENDPOINTS}
+    models = peers["router"]
+    others = Router(
         routes=[
-            *(Route(path, InferenceEndpoint(path, router)) for path in ENDPOINTS),
-            Route("/v1/models", ModelsEndpoint("/v1/models", router)),
-            Route("/v1/models/{model:path}", ModelsEndpoint("/v1/models/{model}", router)),
+            Route("/v1/models", ModelsEndpoint("/v1/models", models)),
+            Route("/v1/models/{model:path}", ModelsEndpoint("/v1/models/{model}", models)),
             Route("/health", HealthEndpoint()),
             Route("/ready", ReadyEndpoint(peers)),
             Route("/metrics", MetricsEndpoint()),
         ],
-        middleware=[Middleware(Exchanges, limits=limits)],
+        # A redirect would be made from the Host header, which anybody can set.
+        redirect_slashes=False,
+        default=_Elsewhere(Transcoder(services, peers)),
     )
-    # A redirect would be made from the Host header, which anybody can set.
-    app.router.redirect_slashes = False
-    app.router.default = _Elsewhere(Transcoder(services, peers))
-    return app
+    return Exchanges(inference, others, limits, access_log)
 
 
 class _Elsewhere:
@@ -75,24 +81,37 @@ class _Elsewhere:
 
 
 class Exchanges:
-    """Makes an `Exchange` of each request, and sees to it that it gets an answer, metrics and a log line."""
+    """Makes an `Exchange` of each request, and sees to it that it gets an answer, metrics and a log line.
 
-    def __init__(self, app: ASGIApp, limits: Limits) -> None:
-        self._app = app
+    `endpoints` are found by their exact path; every other path goes through `others`. A look-up is all that stands
+    before an inference: Starlette's application and route, which other paths go through, cost a third of the rest.
+    """
+
+    def __init__(
+        self, endpoints: Mapping[str, ASGIApp], others: ASGIApp, limits: Limits, access_log: AccessLog | None
+    ) -> None:
+        self._endpoints = endpoints
+        self._others = others
         self._limits = limits
+        self._access_log = access_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request. Raises nothing but CancelledError, when the time to drain is over."""
         if scope["type"] != "http":
             return
-        common_headers = openai_errors.common_headers if _is_openai(scope) else _no_headers
+        path = scope["path"]
+        endpoint = self._endpoints.get(path)
+        common_headers = openai_errors.common_headers if endpoint or _is_openai(scope) else _no_headers
         exchange = Exchange(scope, receive, send, self._limits, common_headers)
         scope["exchange"] = exchange
+        # All of them every time: a request that was pipelined begins with what the one before it left.
         context.request_id.set(exchange.request_id)
         context.credential.set("")
         context.deadline.set(asyncio.get_running_loop().time() + self._limits.request_timeout_s)
         try:
-            await self._app(scope, receive, send)
+            if exchange.is_shed and path not in _NEVER_SHED:
+                raise PlatformError(Reason.OVERLOADED)
+            await (endpoint or self._others)(scope, receive, send)
         except ClientGoneError:
             exchange.status = exchange.status or _CLIENT_GONE
             exchange.reason = Reason.CANCELLED
@@ -102,7 +121,17 @@ class Exchanges:
         except Exception as error:
             await _answer(exchange, error)
         finally:
-            _observe(exchange)
+            # They refer to each other, which would leave every request to the garbage collector.
+            del scope["exchange"]
+            self._observe(exchange)
+
+    def _observe(self, exchange: Exchange) -> None:
+        elapsed_s = exchange.elapsed_s
+        count, duration = _metrics(exchange.route, exchange.status // 100 or 5)
+        count.inc()
+        duration.observe(elapsed_s)
+        if self._access_log is not None:
+            self._access_log.write(exchange, elapsed_s)
 
 
 async def _answer(exchange: Exchange, error: BaseException) -> None:
@@ -124,30 +153,10 @@ async def _answer(exchange: Exchange, error: BaseException) -> None:
         return
 
 
-def _observe(exchange: Exchange) -> None:
-    elapsed_s = exchange.elapsed_s
-    status_class = f"{exchange.status // 100}xx" if exchange.status else "5xx"
-    _requests(exchange.route, status_class).inc()
-    _duration(exchange.route).observe(elapsed_s)
-    fields = {
-        "method": exchange.method,
-        "route": exchange.route,
-        "status": exchange.status,
-        "duration_ms": round(elapsed_s * 1000, 1),
-    }
-    if exchange.reason is not None:
-        fields["reason"] = exchange.reason.value
-    access_logger.info("request", extra=fields)
-
-
 @cache
-def _requests(route: str, status_class: str) -> Counter:
-    return _REQUESTS.labels(route, status_class)
-
-
-@cache
-def _duration(route: str) -> Histogram:
-    return _DURATION.labels(route)
+def _metrics(route: str, status_class: int) -> tuple[Counter, Histogram]:
+    """What counts the requests of a route that ended alike. Binding labels costs more than counting, so it is kept."""
+    return _REQUESTS.labels(route, f"{status_class}xx"), _DURATION.labels(route)
 
 
 def _is_openai(scope: Scope) -> bool:
@@ -156,7 +165,7 @@ def _is_openai(scope: Scope) -> bool:
     return path == "/v1" or path.startswith("/v1/")
 
 
-def _no_headers(elapsed_s: float) -> Iterable[tuple[bytes, bytes]]:
+def _no_headers(elapsed_s: float) -> Headers:
     return ()
 
 

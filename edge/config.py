@@ -21,6 +21,14 @@ class EdgeConfig:
         "host:port for HTTP clients; port 0 takes a free one",
         default="127.0.0.1:8080",
     )
+    workers: Annotated[int, msgspec.Meta(ge=1, le=256)] = setting(
+        "AIAAS_EDGE_WORKERS", "processes that serve this address side by side, each on a core of its own", default=1
+    )
+    max_connections: Annotated[int, msgspec.Meta(ge=1)] = setting(
+        "AIAAS_EDGE_MAX_CONNECTIONS",
+        "connections of one worker above which requests are answered 503 and closed",
+        default=20_000,
+    )
     identity_target: str = setting("AIAAS_EDGE_IDENTITY_TARGET", "gRPC target of identity, for /admin")
     router_target: str = setting("AIAAS_EDGE_ROUTER_TARGET", "gRPC target of the router, for /v1 and /admin")
     analytics_target: str = setting("AIAAS_EDGE_ANALYTICS_TARGET", "gRPC target of analytics, for /analytics")

@@ -4,8 +4,9 @@ headers that all answers carry; it never knows what a request is about."""
 import asyncio
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from starlette.types import Message, Receive, Scope, Send
 
@@ -16,9 +17,12 @@ from mesh.ids import new_request_id
 
 Headers = Sequence[tuple[bytes, bytes]]
 
-_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+CONNECTION = "aiaas.connection"
+"""Where a scope's extensions have the `Connection` of its request, if the server offers one."""
+
+_is_sane_request_id = re.compile(r"[A-Za-z0-9_.-]{1,128}").fullmatch
 # What no credential of any kind looks like, and gRPC metadata could not carry.
-_SANE_CREDENTIAL = re.compile(r"[\x21-\x7e]{1,4096}")
+_is_sane_credential = re.compile(r"[\x21-\x7e]{1,4096}").fullmatch
 # How long, and for how much, a body that was refused is still read, so that its sender gets to see the answer.
 _LINGER_S = 5.0
 _LINGER_BYTES = 64 << 20
@@ -26,6 +30,21 @@ _LINGER_BYTES = 64 << 20
 
 class ClientGoneError(Exception):
     """The client closed the connection before its request was answered."""
+
+
+class Connection(Protocol):
+    """What a server tells of a request beyond ASGI, so that nobody has to wait for it in a task.
+
+    `disconnected` is set once the client can no longer be answered; then `on_gone` is called, once, if it is set.
+    `is_overloaded` is set from the beginning where the server has more connections than it wants.
+    """
+
+    disconnected: bool
+    is_overloaded: bool
+    on_gone: Callable[[], None] | None
+
+    def take_body(self) -> bytes | None:
+        """The whole body, once; None while some of it has not come, or when the client is gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,24 +60,29 @@ class Exchange:
     """One request and its answer.
 
     `route` is the template that matched, for metrics and logs; `reason` is why it failed, if it did; `status` is 0
-    until the answer begins.
+    until the answer begins; `headers` has the first of each name, in lower case; `trace_id` is that of a request that
+    is traced.
     """
 
     __slots__ = (
+        "_body_has_stalled",
         "_body_is_read",
-        "_body_is_worth_waiting_for",
         "_client_is_gone",
         "_common_headers",
+        "_connection",
         "_receive",
         "_send",
         "finished",
+        "headers",
         "limits",
+        "method",
         "reason",
         "request_id",
         "route",
         "scope",
         "started_s",
         "status",
+        "trace_id",
     )
 
     def __init__(
@@ -67,32 +91,31 @@ class Exchange:
         receive: Receive,
         send: Send,
         limits: Limits,
-        common_headers: Callable[[float], Iterable[tuple[bytes, bytes]]],
+        common_headers: Callable[[float], Headers],
     ) -> None:
         self.scope = scope
         self.limits = limits
         self.started_s = time.monotonic()
+        self.method: str = scope["method"]
         self.route = "unmatched"
         self.reason: Reason | None = None
         self.status = 0
         self.finished = False
+        self.trace_id = ""
+        # One pass from the last to the first: of headers with one name, the first is what stays.
+        self.headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))
         self._receive = receive
         self._send = send
         self._common_headers = common_headers
         self._client_is_gone = False
-        self._body_is_read = (self.header(b"content-length") or "0") == "0" and (
-            self.header(b"transfer-encoding") is None
+        self._body_has_stalled = False
+        # Taken out: the connection has the scope, and a cycle of references is left to the garbage collector.
+        self._connection: Connection | None = scope.get("extensions", {}).pop(CONNECTION, None)
+        self._body_is_read = self.headers.get(b"content-length", b"0").strip() in (b"0", b"") and (
+            b"transfer-encoding" not in self.headers
         )
-        # A client that waits for "100 Continue" would take the question for the body as that.
-        self._body_is_worth_waiting_for = self.header(b"expect") is None
-        offered = self.header(b"x-request-id") or ""
-        self.request_id = offered if _SANE_REQUEST_ID.fullmatch(offered) else new_request_id()
-
-    @property
-    def method(self) -> str:
-        """The HTTP verb."""
-        verb: str = self.scope["method"]
-        return verb
+        offered = self.header(b"x-request-id")
+        self.request_id = offered if offered and _is_sane_request_id(offered) else new_request_id()
 
     @property
     def elapsed_s(self) -> float:
@@ -106,8 +129,10 @@ class Exchange:
 
     @property
     def client_is_gone(self) -> bool:
-        """Whether the client is known to have closed the connection."""
-        return self._client_is_gone
+        """Whether the client is known to have closed the connection before it was answered."""
+        return self._client_is_gone or (
+            self._connection is not None and self._connection.disconnected and not self.finished
+        )
 
     @property
     def client_address(self) -> str:
@@ -115,13 +140,29 @@ class Exchange:
         client = self.scope.get("client")
         return client[0] if client else ""
 
+    @property
+    def is_shed(self) -> bool:
+        """Whether the server has more connections than it wants, and this is one of those above."""
+        return self._connection is not None and self._connection.is_overloaded
+
+    def on_gone(self, callback: Callable[[], None] | None) -> None:
+        """Have `callback` called, once and right where it is noticed, when the client goes away before its request is
+        answered; at once if it is gone already. None takes it off.
+
+        It is not called by a server that offers no `Connection`: there, `gone` has to be awaited.
+        """
+        connection = self._connection
+        if connection is None:
+            return
+        if callback is not None and self.client_is_gone:
+            callback()
+        else:
+            connection.on_gone = callback
+
     def header(self, name: bytes) -> str | None:
         """The first header of that lower-case name, None without one."""
-        for key, value in self.scope["headers"]:
-            if key == name:
-                text: str = value.decode("latin-1").strip()
-                return text
-        return None
+        value = self.headers.get(name)
+        return None if value is None else value.decode("latin-1").strip()
 
     def allow(self, *verbs: str) -> None:
         """Raises PlatformError(METHOD_NOT_ALLOWED) unless the verb is one of these. HEAD is served as GET."""
@@ -138,17 +179,18 @@ class Exchange:
         if authorization is None and not required:
             return
         credential = credential_of(authorization or "")
-        if not _SANE_CREDENTIAL.fullmatch(credential):
+        if not _is_sane_credential(credential):
             raise PlatformError(Reason.API_KEY_INVALID)
         context.credential.set(credential)
 
     def expect_json(self) -> None:
         """Raises PlatformError(UNSUPPORTED_MEDIA_TYPE) if the body is declared to be anything but JSON."""
-        declared = self.header(b"content-type")
-        if declared is None:
+        declared = self.headers.get(b"content-type")
+        # What nearly every client sends, word for word.
+        if declared is None or declared == b"application/json":
             return
-        media_type = declared.partition(";")[0].strip().lower()
-        if media_type != "application/json" and not media_type.endswith("+json"):
+        media_type = declared.partition(b";")[0].strip().lower()
+        if media_type != b"application/json" and not media_type.endswith(b"+json"):
             raise PlatformError(Reason.UNSUPPORTED_MEDIA_TYPE)
 
     async def read_body(self) -> bytes:
@@ -158,9 +200,19 @@ class Exchange:
         and ClientGoneError.
         """
         limit = self.limits.max_body_bytes
-        declared = self.header(b"content-length")
+        declared = self.headers.get(b"content-length")
         if declared is not None and int(declared) > limit:
             raise PlatformError(Reason.REQUEST_TOO_LARGE)
+        # A body that came in one piece with its headers needs no timer, and that is what most do.
+        body = self._connection.take_body() if self._connection is not None else None
+        if body is None:
+            body = await self._collect_body(limit)
+        elif len(body) > limit:
+            raise PlatformError(Reason.REQUEST_TOO_LARGE)
+        self._body_is_read = True
+        return body
+
+    async def _collect_body(self, limit: int) -> bytes:
         chunks: list[bytes] = []
         size = 0
         loop = asyncio.get_running_loop()
@@ -178,9 +230,8 @@ class Exchange:
                         break
                     timeout.reschedule(min(deadline, loop.time() + self.limits.idle_timeout_s))
         except TimeoutError:
-            self._body_is_worth_waiting_for = False
+            self._body_has_stalled = True
             raise PlatformError(Reason.REQUEST_TIMEOUT) from None
-        self._body_is_read = True
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     async def gone(self) -> None:
@@ -193,18 +244,10 @@ class Exchange:
 
     async def start(self, status: int, headers: Headers) -> None:
         """Send the status and the headers, with those that all answers carry."""
+        request_id = (b"x-request-id", self.request_id.encode("ascii"))
+        all_headers = [*headers, *self._common_headers(self.elapsed_s), request_id]
+        await self._send({"type": "http.response.start", "status": status, "headers": all_headers})
         self.status = status
-        await self._send(
-            {
-                "type": "http.response.start",
-                "status": status,
-                "headers": [
-                    *headers,
-                    *self._common_headers(self.elapsed_s),
-                    (b"x-request-id", self.request_id.encode("ascii")),
-                ],
-            }
-        )
 
     async def write(self, chunk: bytes) -> None:
         """Send a piece of the body, waiting as long as the client does not keep up."""
@@ -221,14 +264,15 @@ class Exchange:
         If the request's body was not read, the connection ends with the answer, but the client gets the time to see
         it: a socket closed over unread bytes is reset, and a reset takes the answer with it.
         """
-        length = (b"content-length", str(len(body)).encode("ascii"))
+        length = (b"content-length", b"%d" % len(body))
         if self._body_is_read:
             await self.start(status, [*headers, length])
             await self.finish(body)
             return
         await self.start(status, [*headers, length, (b"connection", b"close")])
         await self.write(body)
-        if self._body_is_worth_waiting_for:
+        # A client that waits for "100 Continue" would take the question for the body as that.
+        if not self._body_has_stalled and b"expect" not in self.headers:
             await self._discard_body()
         await self.finish()
 

@@ -1,11 +1,13 @@
 """GET /health, /ready and /metrics, on the port that users use; it says of each peer whether it serves, never more."""
 
 import asyncio
+import os
 from collections.abc import Mapping
 
 import msgspec
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.types import Receive, Scope, Send
 
 from edge.exchange import exchange_of
@@ -45,7 +47,15 @@ class ReadyEndpoint:
 
 
 class MetricsEndpoint:
-    """Writes the metrics of this process for Prometheus."""
+    """Writes the metrics of this process for Prometheus; of one of several workers, the sums over all of them, as
+    nobody can choose which one answers."""
+
+    def __init__(self) -> None:
+        self._registry = REGISTRY
+        # Where it is set, prometheus_client keeps its values in files of that folder (edge/workers.py).
+        if folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+            self._registry = CollectorRegistry()
+            MultiProcessCollector(self._registry, folder)  # type: ignore[no-untyped-call]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -53,7 +63,7 @@ class MetricsEndpoint:
         exchange.route = "/metrics"
         exchange.allow("GET")
         encode, content_type = choose_encoder(exchange.header(b"accept") or "")
-        await exchange.respond(200, [(b"content-type", content_type.encode("latin-1"))], encode(REGISTRY))
+        await exchange.respond(200, [(b"content-type", content_type.encode("latin-1"))], encode(self._registry))
 
 
 async def _check(peer: Peer) -> tuple[str, str]:

@@ -37,7 +37,10 @@ class Outbox:
 
     def add_data(self, inference_id: int, data: bytes) -> None:
         """A frame of an answer's bytes."""
-        self._make_room(len(data))
+        if self._size_bytes and self._size_bytes + len(data) <= BATCH_BYTES:
+            self._size_bytes += len(data)
+        else:
+            self._make_room(len(data))
         # Made in place: a frame of its own would be copied into the batch, at twice the cost.
         self._frame(inference_id=inference_id, data=data)
 

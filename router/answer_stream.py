@@ -26,12 +26,9 @@ class EngineFaultError(Exception):
 
 
 class AnswerStream:
-    """One stream of one engine. `begin` is called before the first bytes are passed to `write`.
+    """One stream of one engine. `begin` is called before the first bytes are passed to `write`."""
 
-    `begun` is whether that has happened: from then on no other backend can help.
-    """
-
-    __slots__ = ("_answer", "_begin", "_done", "_timer", "_watch", "_write", "begun")
+    __slots__ = ("_answer", "_begin", "_done", "_has_begun", "_timer", "_watch", "_write")
 
     def __init__(
         self, answer: UpstreamAnswer, watch: sse.EventWatch, begin: Callable[[], None], write: Callable[[bytes], None]
@@ -42,7 +39,7 @@ class AnswerStream:
         self._write = write
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._timer: asyncio.TimerHandle | None = None
-        self.begun = False
+        self._has_begun = False
 
     async def run(self) -> None:
         """Return when the whole stream has been passed on.
@@ -68,7 +65,10 @@ class AnswerStream:
             self._done.set_exception(error)
             return
         if events:
-            self._pass(events)
+            if not self._has_begun:
+                self._has_begun = True
+                self._begin()
+            self._write(events)
         if watch.fault is not None:
             self._done.set_exception(EngineFaultError(watch.fault))
         elif watch.complete:
@@ -83,16 +83,12 @@ class AnswerStream:
         elif error is not None:
             self._done.set_exception(error)
         elif rest := self._watch.end():
-            self._pass(rest)
+            if not self._has_begun:
+                self._begin()
+            self._write(rest)
             self._end()
         else:
             self._done.set_exception(ConnectionLostError("it ended its answer too early"))
-
-    def _pass(self, events: bytes) -> None:
-        if not self.begun:
-            self.begun = True
-            self._begin()
-        self._write(events)
 
     def _end(self) -> None:
         if not self._done.done():

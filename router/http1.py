@@ -121,8 +121,7 @@ class UpstreamAnswer:
         silent for `idle_s`. Raises UpstreamError."""
         self._be_patient(first_byte_s)
         await self._wait_for(1)
-        if not self._has_ended:
-            self._be_patient(idle_s)
+        self._be_patient(idle_s)
 
     async def read(self, limit_bytes: int) -> bytes:
         """The whole body. Raises UpstreamError, AnswerTooLongError if it has more than `limit_bytes`."""
@@ -206,7 +205,8 @@ class UpstreamAnswer:
             self._waiter = self._loop.create_future()
             await self._waiter
         if self._error is not None:
-            raise self._error
+            # A copy: the traceback leads back to here, so the one that is kept would be held by itself.
+            raise type(self._error)(*self._error.args)
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -218,6 +218,8 @@ class UpstreamAnswer:
         One timer serves all reads: they note the time, and the timer, when it goes off, goes on for what is left. A new
         one for each would cost as much as the read.
         """
+        if self._has_ended:
+            return
         self._patience_s = limit_s
         self._touched_at = self._loop.time()
         if self._timer is None or self._touched_at + limit_s < self._due_at:
@@ -420,8 +422,8 @@ class Connection(asyncio.Protocol):
     def eof_received(self) -> None:
         """See asyncio.Protocol; the transport closes."""
         if self._has_head and not self._is_framed and not self._is_complete and self._answer is not None:
-            # Neither counted nor chunked: the connection's end is the body's (RFC 9112, 6.3). Over TLS this is called
-            # only for an end that the engine has signed.
+            # Neither counted nor chunked: the connection's end is the body's (RFC 9112, 6.3). Over TLS uvloop calls
+            # this only for an end that the engine has signed.
             self._is_complete = self._will_close = True
             self._answer.end(None)
 

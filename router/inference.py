@@ -55,9 +55,9 @@ _STREAM = "text/event-stream"
 _JSON = "application/json"
 
 
-class InferenceRequest(msgspec.Struct, frozen=True):
+class InferenceRequest(msgspec.Struct):
     """A request of an authenticated principal. `deadline` is in monotonic seconds; None means none. `span` is that of a
-    request which is traced; it is ended by whoever began it."""
+    request which is traced; it is ended by whoever began it. The body is forgotten once an engine has it."""
 
     request_id: str
     endpoint: usage_event_pb2.Endpoint.ValueType
@@ -140,9 +140,7 @@ class Engine:
         self.timeouts = timeouts
         self.router_id = router_id
 
-    def begin(
-        self, request: InferenceRequest, reader: Reader, task: asyncio.Task[None] | None = None
-    ) -> Inference:
+    def begin(self, request: InferenceRequest, reader: Reader, task: asyncio.Task[None] | None = None) -> Inference:
         """An inference that begins now, and goes on when it is run; in `task`, if that is known already."""
         return Inference(self, request, reader, task)
 
@@ -154,12 +152,15 @@ class Inference:
         "_answer",
         "_engine",
         "_has_expired",
+        "_parsed",
         "_permit",
+        "_prompt_tokens",
         "_reader",
         "_record",
         "_request",
         "_served",
         "_settled",
+        "_strip_usage",
         "_task",
         "_timer",
         "_watch",
@@ -180,6 +181,9 @@ class Inference:
             idempotency_key=request.idempotency_key,
         )
         self._task = task
+        self._parsed: ParsedRequest | None = None
+        self._prompt_tokens = 0
+        self._strip_usage = False
         self._permit: Permit | None = None
         self._served: Served | None = None
         self._answer: UpstreamAnswer | None = None
@@ -203,11 +207,9 @@ class Inference:
             # What asyncio.timeout does, at a fifth of its cost.
             self._timer = asyncio.get_running_loop().call_later(max(0.0, remaining_s), self._expire)
         try:
-            parsed, model = self._check()
-            self._permit = await self._engine.limiter.admit(
-                self._request.principal, model.model_id, parsed.ceiling_tokens
-            )
-            await self._answer_with(parsed, model)
+            model, ceiling_tokens = self._check()
+            self._permit = await self._engine.limiter.admit(self._request.principal, model.model_id, ceiling_tokens)
+            await self._answer_with(model)
             self._settle(usage_event_pb2.OUTCOME_SUCCEEDED, "")
         except PlatformError as error:
             self._settle(self._outcome_of(error), error.reason.value)
@@ -249,20 +251,23 @@ class Inference:
         if self._answer is not None:
             self._answer.resume()
 
-    def _check(self) -> tuple[ParsedRequest, Model]:
+    def _check(self) -> tuple[Model, int]:
+        """The model, and about how many tokens the request may cost at most."""
         request = self._request
         if not self._engine.registry.loaded:
             # Which models there are is not known: to say that one does not exist would be a lie.
             raise PlatformError(Reason.UNAVAILABLE, retry_after_s=RETRY_AFTER_S)
         check_network(request.principal.allowed_networks, request.client_address)
-        parsed = requests.parse(request.endpoint, request.body)
+        parsed = self._parsed = requests.parse(request.endpoint, request.body)
+        self._prompt_tokens = requests.estimate_tokens(request.body)
+        self._strip_usage = not parsed.wants_usage
         self._record.streamed = parsed.stream
         model = self._engine.registry.snapshot.find_model(parsed.model, request.principal.allowed_models)
         self._record.model = model.model_id
         check_endpoint(model, request.endpoint)
-        return parsed, model
+        return model, parsed.ceiling_tokens
 
-    async def _answer_with(self, parsed: ParsedRequest, model: Model) -> None:
+    async def _answer_with(self, model: Model) -> None:
         """Try backends until one has answered to the end, or failed where no other can help."""
         tried: list[str] = []
         failure: PlatformError | None = None
@@ -273,21 +278,21 @@ class Inference:
                 raise failure or none_left from None
             tried.append(served.backend.backend_id)
             try:
-                await self._attempt(parsed, served)
+                await self._attempt(served)
                 return
             except _BackendFailedError as error:
                 logger.warning("an attempt on backend %s failed: %s", tried[-1], error.reason)
                 failure = error.answer
         raise failure or PlatformError(Reason.INTERNAL)
 
-    async def _attempt(self, parsed: ParsedRequest, served: Served) -> None:
+    async def _attempt(self, served: Served) -> None:
         clock = self._engine.clock
         self._record.backend_id = served.backend.backend_id
         self._record.attempts.append(AttemptRecord(served.backend.backend_id, clock.monotonic()))
         self._served = served
         served.state.start_request()
         try:
-            await self._ask(parsed, served)
+            await self._ask(served)
             return
         except UpstreamError as error:
             failure = self._failure_of(error, served)
@@ -304,34 +309,44 @@ class Inference:
         self._watch = None
         raise failure
 
-    async def _ask(self, parsed: ParsedRequest, served: Served) -> None:
-        engine = self._engine
-        timeouts = engine.timeouts
-        if served.backend.first_byte_timeout_millis:
-            timeouts = replace(timeouts, first_byte_s=served.backend.first_byte_timeout_millis / 1000)
-        body = parsed.upstream_body(served.upstream_model)
-        answer = await engine.upstream.open(served.backend, parsed.path, body, timeouts, streamed=parsed.stream)
-        self._answer = answer
+    async def _ask(self, served: Served) -> None:
+        answer = await self._first_byte(served)
+        streamed = self._record.streamed
         if answer.status != 200:
             raise _judge(answer.status, sse.read_fault(await answer.read(_FAULT_BYTES), answer.status))
-        if answer.content_type != (_STREAM if parsed.stream else _JSON):
+        if answer.content_type != (_STREAM if streamed else _JSON):
             raise _failed("backend_misconfigured")
-        if not parsed.stream:
+        if not streamed:
             document = await answer.read(_ANSWER_BYTES)
             self._read_usage(document)
             self._begin(_JSON)
             for start in range(0, len(document), _PIECE_BYTES):
                 self._reader.data(document[start : start + _PIECE_BYTES])
             return
-        self._watch = sse.EventWatch(
-            responses=parsed.endpoint == usage_event_pb2.ENDPOINT_RESPONSES, strip_usage=not parsed.wants_usage
+        self._watch = watch = sse.EventWatch(
+            responses=self._record.endpoint == usage_event_pb2.ENDPOINT_RESPONSES, strip_usage=self._strip_usage
         )
         try:
-            await AnswerStream(answer, self._watch, self._begin_stream, self._reader.data).run()
+            await AnswerStream(answer, watch, self._begin_stream, self._reader.data).run()
         except EngineFaultError as error:
             raise _judge(error.fault.status, error.fault) from None
 
+    async def _first_byte(self, served: Served) -> UpstreamAnswer:
+        """The answer, once its first byte has come."""
+        parsed, engine = self._parsed, self._engine
+        if parsed is None:
+            raise PlatformError(Reason.INTERNAL)
+        timeouts = engine.timeouts
+        if served.backend.first_byte_timeout_millis:
+            timeouts = replace(timeouts, first_byte_s=served.backend.first_byte_timeout_millis / 1000)
+        body = parsed.upstream_body(served.upstream_model)
+        self._answer = await engine.upstream.open(served.backend, parsed.path, body, timeouts, streamed=parsed.stream)
+        return self._answer
+
     def _begin(self, content_type: str) -> None:
+        # No other backend will be asked. A stream lasts for minutes, and its prompt may be megabytes.
+        self._parsed = None
+        self._request.body = b""
         record = self._record
         record.first_byte = self._engine.clock.monotonic()
         endpoint = ENDPOINT_NAMES[record.endpoint]
@@ -421,7 +436,7 @@ class Inference:
             used_tokens = record.usage.prompt_tokens + record.usage.completion_tokens
             if watch is not None and watch.usage is None:
                 # The engine had the whole prompt, even where it did not come to tell of it.
-                used_tokens += requests.estimate_tokens(self._request.body)
+                used_tokens += self._prompt_tokens
             self._permit.settle(used_tokens)
         if self._request.span is not None:
             _describe(self._request.span, record, _OUTCOME_NAMES[outcome], reason)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import AsyncIterator
 
 from aiaas.router.v1 import inference_service_pb2 as pb
 from mesh import context, tracing
-from mesh.auth import CachedAuthenticator, authorize, find_method, policy_of
+from mesh.auth import CachedAuthenticator, Principal, authorize, find_method, policy_of
 from mesh.errors import PlatformError, Reason, to_status
 from mesh.relay import WINDOW_S, Outbox
 from mesh.tracing import Span
@@ -129,24 +128,12 @@ class Relay:
             principal = self._authenticator.cached(opened.credential)
             if principal is None:
                 principal = await self._authenticator.authenticate(opened.credential)
-            request = opened.request
             if _POLICY.permission not in principal.permissions:
                 # The usual answer is known without this, at a twentieth of the cost.
-                authorize(principal, _POLICY, request)
-            relayed.inference = self._engine.begin(
-                InferenceRequest(
-                    opened.request_id,
-                    request.endpoint,
-                    request.body,
-                    principal,
-                    request.client_address,
-                    request.idempotency_key,
-                    self._engine.clock.monotonic() + opened.timeout_millis / 1000,
-                    span,
-                ),
-                relayed,
-                relayed.task,
-            )
+                authorize(principal, _POLICY, opened.request)
+            relayed.inference = self._begin_inference(relayed, opened, principal, span)
+            # It keeps alive the batch that it came in, bodies and all.
+            del opened
             await relayed.inference.run()
         except Exception as error:
             if not isinstance(error, PlatformError):
@@ -157,6 +144,25 @@ class Relay:
             relayed.end(error)
         finally:
             self._tasks.discard(relayed.task)
+
+    def _begin_inference(
+        self, relayed: _Relayed, opened: pb.RelayOpen, principal: Principal, span: Span | None
+    ) -> Inference:
+        request = opened.request
+        return self._engine.begin(
+            InferenceRequest(
+                opened.request_id,
+                request.endpoint,
+                request.body,
+                principal,
+                request.client_address,
+                request.idempotency_key,
+                self._engine.clock.monotonic() + opened.timeout_millis / 1000,
+                span,
+            ),
+            relayed,
+            relayed.task,
+        )
 
     def _finish(self, inference_id: int) -> None:
         """Forget an inference of which everything has been sent."""
@@ -178,7 +184,7 @@ class _Relayed:
         self._outbox = relay._outbox
         self._inference_id = inference_id
         self._credit_bytes = credit_bytes
-        self._held: deque[bytes] = deque()
+        self._held: list[bytes] = []
         self._end: Tail | PlatformError | None = None
         self.inference: Inference | None = None
         self.task: asyncio.Task[None] | None = None
@@ -187,10 +193,13 @@ class _Relayed:
         write_head(self._outbox.add(self._inference_id).head, head)
 
     def data(self, data: bytes) -> None:
-        if self._credit_bytes > 0 and not self._held:
-            self._send(data)
-        else:
+        if self._credit_bytes <= 0 or self._held:
             self._held.append(data)
+            return
+        self._credit_bytes -= len(data)
+        self._outbox.add_data(self._inference_id, data)
+        if self._credit_bytes <= 0 and self.inference is not None:
+            self.inference.pause()
 
     def tail(self, tail: Tail) -> None:
         self.end(tail)
@@ -203,8 +212,9 @@ class _Relayed:
 
     def give_credit(self, size_bytes: int) -> None:
         self._credit_bytes += size_bytes
-        while self._held and self._credit_bytes > 0:
-            self._send(self._held.popleft())
+        held, self._held = self._held, []
+        for data in held:
+            self.data(data)
         if self._held:
             return
         if self._end is not None:
@@ -217,12 +227,6 @@ class _Relayed:
             self.inference.abandon()
         elif self.task is not None:
             self.task.cancel()
-
-    def _send(self, data: bytes) -> None:
-        self._credit_bytes -= len(data)
-        self._outbox.add_data(self._inference_id, data)
-        if self._credit_bytes <= 0 and self.inference is not None:
-            self.inference.pause()
 
     def _send_end(self, end: Tail | PlatformError) -> None:
         if isinstance(end, PlatformError):

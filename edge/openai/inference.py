@@ -74,6 +74,16 @@ class InferenceEndpoint:
             span.end()
 
     async def _infer(self, exchange: Exchange, traceparent: str) -> None:
+        answer = await self._open(exchange, traceparent)
+        exchange.on_gone(functools.partial(answer.abandon, ClientGoneError()))
+        try:
+            await self._pass_on(exchange, answer)
+        finally:
+            exchange.on_gone(None)
+            answer.abandon(ClientGoneError())
+
+    async def _open(self, exchange: Exchange, traceparent: str) -> Answer:
+        """Begin the inference. The body and its message are forgotten with this call, long before a stream ends."""
         body = await exchange.read_body()
         answer, opened = await self._routers.open(body, exchange.remaining_s)
         opened.credential = context.credential.get()
@@ -84,12 +94,7 @@ class InferenceEndpoint:
         request.body = body
         request.idempotency_key = exchange.header(b"idempotency-key") or ""
         request.client_address = exchange.client_address
-        exchange.on_gone(functools.partial(answer.abandon, ClientGoneError()))
-        try:
-            await self._pass_on(exchange, answer)
-        finally:
-            exchange.on_gone(None)
-            answer.abandon(ClientGoneError())
+        return answer
 
     async def _pass_on(self, exchange: Exchange, answer: Answer) -> None:
         head = await answer.head()

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from aiaas.router.v1 import inference_service_pb2 as pb
-from edge.protocol import ConnectionLimits
+from edge.protocol import ConnectionLimits, EdgeProtocol
 from tests.doubles.peer import PeerDouble
 from tests.integration.edge.harness import Edge, running_edge, until
 
@@ -66,6 +66,39 @@ async def test_headers_that_never_end_are_cut_off_while_they_come(edge: Edge) ->
 async def test_headers_just_below_the_limit_are_fine(edge: Edge) -> None:
     answer = await edge.exchange(GET + b"connection: close\r\nx: " + b"a" * (15 << 10) + b"\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(
+    ("second", "status"),
+    [
+        pytest.param(b"y: " + b"b" * (5 << 10) + b"\r\n\r\n", 401, id="below the limit together"),
+        pytest.param(b"y: " + b"b" * (7 << 10) + b"\r\n\r\n", 431, id="above the limit together"),
+        pytest.param(b"y: b\r\n\r\n" + b" " * (64 << 10), 401, id="a body in the same read"),
+    ],
+)
+async def test_headers_in_several_reads_are_counted_together(edge: Edge, second: bytes, status: int) -> None:
+    reader, writer = await edge.open()
+    first = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 65536\r\nx: " + b"a" * (10 << 10) + b"\r\n"
+    )
+    writer.write(first)
+    connection = await connection_of(edge)
+    await until(lambda: len(connection.headers or ()) == 2)
+    writer.write(second)
+    if status == 401 and not second.endswith(b" "):
+        writer.write(b" " * 65536)
+    assert (await reader.readline()).startswith(b"HTTP/1.1 %d " % status)
+    writer.close()
+
+
+async def test_body_before_headers_in_one_read_does_not_count_as_headers(edge: Edge) -> None:
+    reader, writer = await edge.open()
+    post = b"POST /v1/no-such HTTP/1.1\r\nhost: x\r\ncontent-length: 15000\r\n\r\n"
+    header = b"x: " + b"a" * (10 << 10) + b"\r\n"
+    writer.write(post + b" " * 15000 + GET + header)
+    writer.write(b"\r\n")
+    assert (await reader.readuntil(b"}}")).startswith(b"HTTP/1.1 404 ")
+    writer.close()
 
 
 async def test_limit_counts_each_request_of_a_connection_anew(edge: Edge) -> None:
@@ -252,3 +285,65 @@ async def test_client_that_resets_while_it_waits_ends_its_call(edge: Edge, route
         await loop.sock_sendall(client, POST + b"content-length: 2\r\n\r\n{}")
         await until(lambda: router.received)
     await until(lambda: router.cancelled, within_s=2)
+
+
+async def test_client_that_leaves_ends_the_first_of_its_pipelined_requests(edge: Edge, router: PeerDouble) -> None:
+    async def silent(request: pb.InferRequest) -> AsyncIterator[pb.InferResponse]:
+        await asyncio.Event().wait()
+        yield pb.InferResponse()
+
+    router.streams["Infer"] = silent
+    _, writer = await edge.open()
+    writer.write((POST + b"content-length: 2\r\n\r\n{}") * 3)
+    await until(lambda: router.received)
+    writer.close()
+    await until(lambda: router.cancelled, within_s=2)
+    await until(lambda: not edge.server.server_state.tasks)
+    (line,) = edge.access_lines()
+    assert (line["status"], line["reason"]) == (499, "cancelled")
+    assert router.cancelled == ["Infer"]
+    assert len(router.received) == 1
+
+
+async def test_request_on_one_connection_too_many_is_shed_and_its_connection_closed(
+    peers: dict[str, PeerDouble],
+) -> None:
+    async with running_edge(peers, connection=ConnectionLimits(max_connections=1)) as edge:
+        _, kept = await edge.open()
+        await connection_of(edge)
+        answer = await edge.exchange(POST + b"content-length: 2\r\n\r\n{}")
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b'"code":"overloaded"' in answer
+        assert b"connection: close\r\n" in answer
+        assert b"retry-after: 1\r\n" in answer
+        answer = await edge.exchange(b"GET /admin/v1/models HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b'"status":"UNAVAILABLE"' in answer
+        answer = await edge.exchange(GET + b"\r\n")
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        kept.close()
+        await until(lambda: not edge.server.server_state.connections)
+        assert (await edge.client.get("/v1/no-such")).status_code == 404
+
+
+@pytest.mark.parametrize("value", ["a\r\nset-cookie: b", "a\nb", "a\0b", "a\x7fb"])
+async def test_header_of_an_answer_cannot_be_split(edge: Edge, router: PeerDouble, value: str) -> None:
+    async def splitting(request: pb.InferRequest) -> AsyncIterator[pb.InferResponse]:
+        yield pb.InferResponse(head=pb.InferHead(content_type="application/json", headers={"x-a": value}))
+        yield pb.InferResponse(data=b"{}")
+        yield pb.InferResponse(tail=pb.InferTail())
+
+    router.streams["Infer"] = splitting
+    answer = await edge.exchange(POST + b"connection: close\r\ncontent-length: 2\r\n\r\n{}")
+    assert answer.startswith(b"HTTP/1.1 500 ")
+    assert b'"code":"internal_error"' in answer
+    assert b"set-cookie" not in answer
+    assert b"x-a" not in answer
+
+
+async def connection_of(edge: Edge) -> EdgeProtocol:
+    """The server's side of the only connection."""
+    await until(lambda: edge.server.server_state.connections)
+    (connection,) = edge.server.server_state.connections
+    assert isinstance(connection, EdgeProtocol)
+    return connection

@@ -185,6 +185,15 @@ async def test_public_rpc_needs_no_credential(edge: Edge, identity: PeerDouble) 
     assert "authorization" not in identity.received[0].metadata
 
 
+async def test_credential_of_a_pipelined_request_is_not_the_next_ones(edge: Edge, identity: PeerDouble) -> None:
+    head = b"host: x\r\ncontent-type: application/json\r\ncontent-length: 2\r\n"
+    first = b"POST %s HTTP/1.1\r\nauthorization: Bearer k\r\n%s\r\n{}" % (KEYS.encode(), head)
+    await edge.exchange(first + b"POST /admin/v1/invites:preview HTTP/1.1\r\nconnection: close\r\n%s\r\n{}" % head)
+    with_credential, without = identity.received
+    assert with_credential.metadata["authorization"] == "Bearer k"
+    assert "authorization" not in without.metadata
+
+
 async def test_unknown_path_and_wrong_verb(edge: Edge) -> None:
     unknown = await edge.client.get("/admin/v1/no-such")
     assert (unknown.status_code, error_of(unknown)[0]) == (404, "NOT_FOUND")

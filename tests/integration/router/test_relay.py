@@ -71,7 +71,7 @@ async def test_reader_without_credit_stops_its_engine_and_no_other(relayed: Rout
 
     await until(is_held_up, within_s=10)
     # Nothing gave it credit beyond the first: what has come to this side is bounded.
-    arrived = sum(len(frame.data) for frame in list(unread.frames._queue))  # type: ignore[attr-defined]
+    arrived = sum(len(frame.data) for frame in list(unread.frames._queue))
     assert CREDIT_BYTES <= arrived < CREDIT_BYTES + (1 << 20)
     engine.default = chat_stream("a")
     assert (await read(relayed.infer(STREAM))).endswith(b"data: [DONE]\n\n")

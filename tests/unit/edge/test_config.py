@@ -38,3 +38,9 @@ def test_address_that_is_none_is_named(address: str) -> None:
 def test_body_size_that_the_mesh_could_not_carry_is_refused(size: str) -> None:
     with pytest.raises(ConfigError, match="AIAAS_EDGE_MAX_BODY_BYTES"):
         load(EdgeConfig, {**TARGETS, "AIAAS_EDGE_MAX_BODY_BYTES": size})
+
+
+@pytest.mark.parametrize("workers", ["0", "-1", "257", "all"])
+def test_number_of_workers_that_makes_no_sense_is_refused(workers: str) -> None:
+    with pytest.raises(ConfigError, match="AIAAS_EDGE_WORKERS"):
+        load(EdgeConfig, {**TARGETS, "AIAAS_EDGE_WORKERS": workers})

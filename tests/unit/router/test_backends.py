@@ -10,8 +10,8 @@ from aiaas.type.v1.usage_event_pb2 import ENDPOINT_CHAT_COMPLETIONS
 from mesh.errors import PlatformError, Reason
 from router.backends import Backend, BackendModel, BackendState, Registry, RegistryContent
 from router.health import HealthProber
-from router.models import Model
 from router.http1 import UpstreamError
+from router.models import Model
 
 MODEL = Model("m", aliases=("alias",), endpoints=(ENDPOINT_CHAT_COMPLETIONS,))
 BACKEND = Backend("b", "http://host", ENGINE_KIND_VLLM, models=(BackendModel("m"),))
