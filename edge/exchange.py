@@ -43,6 +43,9 @@ class Connection(Protocol):
     is_overloaded: bool
     on_gone: Callable[[], None] | None
 
+    def write_chunk(self, chunk: bytes) -> bool:
+        """Write a piece of an answer that has begun; False, and nothing is written, when it would have to wait."""
+
     def take_body(self) -> bytes | None:
         """The whole body, once; None while some of it has not come, or when the client is gone."""
 
@@ -252,6 +255,10 @@ class Exchange:
     async def write(self, chunk: bytes) -> None:
         """Send a piece of the body, waiting as long as the client does not keep up."""
         await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+    def write_now(self, chunk: bytes) -> bool:
+        """Send a piece of the body without a task; False where that cannot be, as the client does not keep up."""
+        return self._connection is not None and self._connection.write_chunk(chunk)
 
     async def finish(self, chunk: bytes = b"") -> None:
         """Send the last piece of the body."""

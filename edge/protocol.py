@@ -87,6 +87,13 @@ class _Cycle(RequestResponseCycle):
         if callback is not None:
             callback()
 
+    def write_chunk(self, chunk: bytes) -> bool:
+        """Write a piece of a chunked answer right now; False, and nothing is written, when that cannot be."""
+        if self.flow.write_paused or self.disconnected or not self.chunked_encoding or self.response_complete:
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+        return True
+
     async def send(self, message: ASGISendEvent) -> None:
         """Write a part of the answer, as uvicorn does, with two things that it does not do: an answer whose length is
         known leaves in one write with its head, as a write costs as much as a third of all else; and headers are

@@ -54,8 +54,10 @@ class Answer:
         "_link",
         "_passed_on_bytes",
         "_waiter",
+        "_write",
         "deadline",
         "id",
+        "last_chunk",
         "tokens",
     )
 
@@ -70,6 +72,9 @@ class Answer:
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._passed_on_bytes = 0
+        self._write: Callable[[bytes], bool] | None = None
+        self.last_chunk = b""
+        """What was passed on last."""
 
     async def head(self) -> pb.InferHead:
         """What the router knows before the first byte. Raises what `abandon` was given, and PlatformError."""
@@ -85,9 +90,7 @@ class Answer:
     async def data(self) -> bytes | None:
         """What has arrived since the last time, as much as there is; None when the answer is whole. To ask for more
         says that all before has been passed on. Raises what `abandon` was given, and PlatformError."""
-        if self._passed_on_bytes > CREDIT_BYTES // 2 and not self._ended:
-            self._link.give_credit(self.id, self._passed_on_bytes)
-            self._passed_on_bytes = 0
+        self._give_credit()
         chunks = self._chunks
         while not chunks:
             if self._error is not None:
@@ -98,7 +101,13 @@ class Answer:
         data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         chunks.clear()
         self._passed_on_bytes += len(data)
+        self.last_chunk = data
         return data
+
+    def write_through(self, write: Callable[[bytes], bool]) -> None:
+        """Have what arrives while the reader waits written at once, by `write`, instead of waking the reader, which
+        costs as much as all else that is done for a chunk here. What `write` does not take, the reader gets."""
+        self._write = write
 
     @property
     def is_whole(self) -> bool:
@@ -118,6 +127,11 @@ class Answer:
 
     def add(self, data: bytes) -> None:
         """Take bytes."""
+        if self._write is not None and self._waiter is not None and not self._chunks and self._write(data):
+            self._passed_on_bytes += len(data)
+            self.last_chunk = data
+            self._give_credit()
+            return
         self._chunks.append(data)
         self._wake()
 
@@ -126,6 +140,11 @@ class Answer:
         self._ended = True
         self._error = error
         self._wake()
+
+    def _give_credit(self) -> None:
+        if self._passed_on_bytes > CREDIT_BYTES // 2 and not self._ended:
+            self._link.give_credit(self.id, self._passed_on_bytes)
+            self._passed_on_bytes = 0
 
     async def _arrival(self) -> None:
         self._waiter = asyncio.get_running_loop().create_future()

@@ -459,10 +459,10 @@ class Connection(asyncio.Protocol):
         self._media_type = ""
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header, or a trailer, which is dropped."""
+        """A header, or a trailer, which is dropped unless it would frame the body anew."""
         # By length first, as most headers are of no interest here.
         size = len(name)
-        if size not in (12, 14, 17) or self._has_head:
+        if size not in (12, 14, 17):
             return
         name = name.lower()
         if name == b"content-type":

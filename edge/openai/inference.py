@@ -1,7 +1,7 @@
 """POST endpoints that run a model: the body goes to a router as it came, the answer comes back as the router sends it;
 nothing in either is read, copied together or held back.
 
-This is the edge's hot path: an ASGI endpoint without anything around it, and for each chunk one wake-up and one write.
+This is the edge's hot path: an ASGI endpoint without anything around it, and for each chunk of a stream one write.
 """
 
 import asyncio
@@ -102,19 +102,18 @@ class InferenceEndpoint:
         if answer.is_whole:
             await exchange.respond(200, headers, await answer.data() or b"")
             return
-        data = b""
         try:
             await exchange.start(200, headers)
-            while (more := await answer.data()) is not None:
-                data = more
+            answer.write_through(exchange.write_now)
+            while (data := await answer.data()) is not None:
                 await exchange.write(data)
             await exchange.finish()
         except asyncio.CancelledError:
             # The drain time is over; whoever still reads is told so before the connection goes.
-            await self._break_off(exchange, head, PlatformError(Reason.UNAVAILABLE), data)
+            await self._break_off(exchange, head, PlatformError(Reason.UNAVAILABLE), answer.last_chunk)
             raise
         except PlatformError as error:
-            await self._break_off(exchange, head, error, data)
+            await self._break_off(exchange, head, error, answer.last_chunk)
 
     async def _break_off(
         self, exchange: Exchange, head: inference_service_pb2.InferHead, error: PlatformError, last_chunk: bytes

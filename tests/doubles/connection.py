@@ -14,6 +14,10 @@ class ConnectionDouble:
     disconnected: bool = False
     on_gone: Callable[[], None] | None = None
 
+    def write_chunk(self, chunk: bytes) -> bool:
+        """Nothing is written but through ASGI."""
+        return False
+
     def take_body(self) -> bytes | None:
         """The body, once."""
         body, self.body = self.body, None

@@ -159,7 +159,10 @@ class PeerDouble(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         credit: "_Credit",
         outgoing: "asyncio.Queue[pb.RelayFrame | None]",
     ) -> None:
-        metadata: dict[str, str | bytes] = {"authorization": f"Bearer {opened.credential}", "x-request-id": opened.request_id}
+        metadata: dict[str, str | bytes] = {
+            "authorization": f"Bearer {opened.credential}",
+            "x-request-id": opened.request_id,
+        }
         if opened.traceparent:
             metadata["traceparent"] = opened.traceparent
         self.received.append(Received("Infer", opened.request, metadata, opened.timeout_millis / 1000))

@@ -302,6 +302,7 @@ BROKEN = [
     _garbage_chunks("chunk longer than it said", b"2\r\n{}x\r\n0\r\n\r\n", b"{}"),
     _garbage_chunks("chunk without its end", b"2\r\n{}0\r\n\r\n", b"{}"),
     _garbage_chunks("length in a trailer", chunks(b"{}", end=b"0\r\nContent-Length: 2\r\n\r\n"), b"{}"),
+    _garbage_chunks("coding in a trailer", chunks(b"{}", end=b"0\r\nTransfer-Encoding: chunked\r\n\r\n"), b"{}"),
     _garbage("head too long", _of(b"{}", OK, *(f"X-{number}: {'x' * 1000}" for number in range(70)))),
     _garbage("line too long", b"HTTP/1.1 200 OK\r\nX-A: " + b"x" * 70_000),
     _garbage("reason too long", b"HTTP/1.1 200 " + b"x" * 70_000),

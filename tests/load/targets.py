@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -25,8 +26,6 @@ LOAD_CORE, TARGET_CORE = 0, 1
 DIRECT, TWO_PROCESSES, ONE_PROCESS = "direct", "aiaas", "aiaas-one-process"
 TARGETS = (DIRECT, *PEERS, ONE_PROCESS, TWO_PROCESSES)
 
-START_LIMIT_S = 180.0
-
 
 def take_core(core: int = LOAD_CORE) -> None:
     """Binds this process, and with it all that it starts, to a core; SIGTERM ends it as Ctrl-C does, in good order.
@@ -36,6 +35,9 @@ def take_core(core: int = LOAD_CORE) -> None:
     if len(os.sched_getaffinity(0)) < 2:
         raise LoadError("Two cores are needed: one for what is measured, one for the load.")
     os.sched_setaffinity(0, {core})
+    # A thousand streams are a thousand files, and for a proxy twice that.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 

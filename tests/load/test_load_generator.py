@@ -11,8 +11,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from tests.load.conftest import Client, answering
 from tests.load.native import FakeEngine, Load, Measurement, build, chat_body, run_load
+from tests.load.scripted_server import Client, answering
 
 BODY = chat_body(tokens=5)
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"

@@ -78,8 +78,8 @@ async def test_headers_just_below_the_limit_are_fine(edge: Edge) -> None:
 )
 async def test_headers_in_several_reads_are_counted_together(edge: Edge, second: bytes, status: int) -> None:
     reader, writer = await edge.open()
-    first = (
-        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 65536\r\nx: " + b"a" * (10 << 10) + b"\r\n"
+    first = b"POST /v1/chat/completions HTTP/1.1\r\ncontent-length: 65536\r\n" + 2 * (
+        b"x: " + b"a" * (5 << 10) + b"\r\n"
     )
     writer.write(first)
     connection = await connection_of(edge)
@@ -303,6 +303,20 @@ async def test_client_that_leaves_ends_the_first_of_its_pipelined_requests(edge:
     assert (line["status"], line["reason"]) == (499, "cancelled")
     assert router.cancelled == ["Infer"]
     assert len(router.received) == 1
+
+
+async def test_client_that_leaves_after_a_large_body_ends_its_call(edge: Edge, router: PeerDouble) -> None:
+    async def silent(request: pb.InferRequest) -> AsyncIterator[pb.InferResponse]:
+        await asyncio.Event().wait()
+        yield pb.InferResponse()
+
+    router.streams["Infer"] = silent
+    _, writer = await edge.open()
+    # In one read, after which nothing more is read for now.
+    (await connection_of(edge)).data_received(POST + b"content-length: 100000\r\n\r\n" + b" " * 100_000)
+    await until(lambda: router.received)
+    writer.close()
+    await until(lambda: router.cancelled, within_s=2)
 
 
 async def test_request_on_one_connection_too_many_is_shed_and_its_connection_closed(

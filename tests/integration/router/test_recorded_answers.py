@@ -31,6 +31,7 @@ DIFFERENCES = {
     "line end of LF": "the same",
     "chunk size before a space": "RFC 9112, 7.1.1 has none there",
     "length in a trailer": "RFC 9110, 6.5.1: no trailer may frame a message",
+    "coding in a trailer": "the same",
     "head too long": "64 KiB are ours; httpx takes 100 KiB, if they come at once",
 }
 """What httpx judges otherwise, and why we do not follow it. Of what both take, every byte is the same."""

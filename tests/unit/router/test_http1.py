@@ -542,6 +542,14 @@ async def test_connection_that_was_lost_before_the_question_is_told_apart() -> N
     assert wire.loop.timers == 0
 
 
+def test_connection_whose_transport_is_closing_is_not_usable() -> None:
+    wire = Wire()
+    assert wire.connection.is_usable
+    wire.abort()
+    assert not wire.connection.is_closed
+    assert not wire.connection.is_usable
+
+
 @pytest.mark.parametrize("error", [None, ConnectionResetError()])
 @pytest.mark.parametrize(("raw", "unanswered"), [(b"", True), (b"H", False)])
 def test_lost_answer_is_told_from_none_at_all(error: OSError | None, raw: bytes, unanswered: bool) -> None:
