@@ -1,6 +1,6 @@
 # Everything a person or CI runs. `make up` and `make test` need nothing installed before.
 .DEFAULT_GOAL := help
-.PHONY: help up test test-vllm check generate lock bench bench-guard bench-engine soak
+.PHONY: help up test test-one-process test-vllm check generate lock bench bench-guard bench-engine soak
 
 PYTHON := .venv/bin/python
 BIN := .venv/bin
@@ -20,6 +20,10 @@ up: ## Start the whole platform here, prove that it answers, stop it with Ctrl-C
 test: ## Unit, contract, integration and end-to-end tests against real servers
 	@deploy/local/bootstrap.sh test
 	$(BIN)/pytest -n 3 --dist loadgroup tests
+
+test-one-process: ## The end-to-end tests with the edge and the router in one process
+	@deploy/local/bootstrap.sh test
+	ONE_PROCESS=1 $(BIN)/pytest tests/e2e
 
 test-vllm: ## The end-to-end tests against two real vLLM replicas
 	@deploy/local/bootstrap.sh vllm

@@ -25,8 +25,11 @@ class Outbox:
 
     def __init__(self, *, window_s: float = WINDOW_S) -> None:
         self._window_s = window_s
+        self._loop = asyncio.get_running_loop()
         self._full: deque[RelayBatch] = deque()
-        self._filled = asyncio.Event()
+        # Set when there may be something to send: a window has passed, a batch is full, or there will be no more.
+        self._due = asyncio.Event()
+        self._due_from = 0.0
         self._closed = False
         self._renew()
 
@@ -44,40 +47,42 @@ class Outbox:
         # Made in place: a frame of its own would be copied into the batch, at twice the cost.
         self._frame(inference_id=inference_id, data=data)
 
+    def hurry(self) -> None:
+        """Send what is there without waiting for the window's end."""
+        self._due.set()
+
     def close(self) -> None:
         """Nothing more comes; what is there still goes out."""
         self._closed = True
-        self._filled.set()
+        self._due.set()
 
     async def batches(self) -> AsyncIterator[RelayBatch]:
         """The batches, until the outbox is closed and empty. For one reader, who asks for the next when it is rid of
         the last: as long as it is not, frames gather here."""
-        loop = asyncio.get_running_loop()
-        sent_at = loop.time() - self._window_s
         while True:
-            if not self._full and not self._size_bytes:
-                if self._closed:
-                    return
-                self._filled.clear()
-                await self._filled.wait()
-                continue
-            wait_s = sent_at + self._window_s - loop.time()
-            if wait_s > 0:
-                await asyncio.sleep(wait_s)
-            sent_at = loop.time()
-            if self._full:
+            await self._due.wait()
+            while self._full:
                 yield self._full.popleft()
-                continue
-            batch = self._batch
-            self._renew()
-            yield batch
+            if not self._closed:
+                self._due.clear()
+            if self._size_bytes:
+                batch = self._batch
+                self._renew()
+                self._due_from = self._loop.time() + self._window_s
+                yield batch
+            elif self._closed:
+                return
 
     def _make_room(self, size_bytes: int) -> None:
         if self._size_bytes + size_bytes > BATCH_BYTES and self._size_bytes:
             self._full.append(self._batch)
             self._renew()
+            self._due.set()
         if not self._size_bytes:
-            self._filled.set()
+            if self._due_from <= self._loop.time():
+                self._due.set()
+            else:
+                self._loop.call_at(self._due_from, self._due.set)
         # A frame without bytes counts too, so that a batch that holds any is never taken for an empty one.
         self._size_bytes += size_bytes + 1
 

@@ -165,6 +165,10 @@ class BackendState:
         self.health_reason = reason
         self._healthy_gauge.set(0)
 
+    def heard(self) -> None:
+        """It has begun an answer: it lives, even if this router was too busy to take its answer to a probe in time."""
+        self._failures = 0
+
     def start_request(self) -> None:
         """Count a request that is sent to it."""
         self.in_flight += 1

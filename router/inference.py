@@ -44,6 +44,9 @@ logger = logging.getLogger(__name__)
 ATTEMPTS = 2
 """A request is tried on so many backends at most: one retry, and that before the first byte only."""
 
+EVENT_STREAM = "text/event-stream"
+"""The content type of streams."""
+
 _ANSWER_BYTES = 64 << 20
 _FAULT_BYTES = 64 << 10
 # gRPC takes messages of at most 8 MiB.
@@ -51,7 +54,6 @@ _PIECE_BYTES = 1 << 20
 # A call's deadline reaches its caller as an error of its own; what ends so shortly before it ended by it.
 _DEADLINE_SLACK_S = 0.05
 _OUTCOME_NAMES = {number: name.removeprefix("OUTCOME_").lower() for name, number in usage_event_pb2.Outcome.items()}
-_STREAM = "text/event-stream"
 _JSON = "application/json"
 
 
@@ -314,7 +316,7 @@ class Inference:
         streamed = self._record.streamed
         if answer.status != 200:
             raise _judge(answer.status, sse.read_fault(await answer.read(_FAULT_BYTES), answer.status))
-        if answer.content_type != (_STREAM if streamed else _JSON):
+        if answer.content_type != (EVENT_STREAM if streamed else _JSON):
             raise _failed("backend_misconfigured")
         if not streamed:
             document = await answer.read(_ANSWER_BYTES)
@@ -347,6 +349,8 @@ class Inference:
         # No other backend will be asked. A stream lasts for minutes, and its prompt may be megabytes.
         self._parsed = None
         self._request.body = b""
+        if self._served is not None:
+            self._served.state.heard()
         record = self._record
         record.first_byte = self._engine.clock.monotonic()
         endpoint = ENDPOINT_NAMES[record.endpoint]
@@ -357,7 +361,7 @@ class Inference:
         self._reader.head(Head(record.request_id, content_type, record.model, record.backend_id, headers))
 
     def _begin_stream(self) -> None:
-        self._begin(_STREAM)
+        self._begin(EVENT_STREAM)
 
     def _read_usage(self, document: bytes) -> None:
         record = self._record

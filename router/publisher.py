@@ -24,7 +24,7 @@ _BATCH_EVENTS = 500
 _BATCH_BYTES = 256 * 1024
 _MESSAGES_IN_FLIGHT = 4
 # How long the first event of a message waits for others.
-_GATHER_S = 0.05
+_GATHER_S = 0.2
 _PUBLISH_TIMEOUT_S = 5.0
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0

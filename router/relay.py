@@ -16,7 +16,7 @@ from mesh.auth import CachedAuthenticator, Principal, authorize, find_method, po
 from mesh.errors import PlatformError, Reason, to_status
 from mesh.relay import WINDOW_S, Outbox
 from mesh.tracing import Span
-from router.inference import Engine, Head, Inference, InferenceRequest, Tail
+from router.inference import EVENT_STREAM, Engine, Head, Inference, InferenceRequest, Tail
 
 logger = logging.getLogger(__name__)
 
@@ -191,6 +191,9 @@ class _Relayed:
 
     def head(self, head: Head) -> None:
         write_head(self._outbox.add(self._inference_id).head, head)
+        if head.content_type == EVENT_STREAM:
+            # The first token is waited for like no other; there are few first ones, and many that follow.
+            self._outbox.hurry()
 
     def data(self, data: bytes) -> None:
         if self._credit_bytes <= 0 or self._held:

@@ -159,9 +159,10 @@ def soak(target: Target, duration_s: float, verdict: Verdict) -> int:
         verdict.line(
             f"memory of {name}", f"{first_mb:.0f} MB, at the end {last_mb:.0f}, most {max(watch.rss_mb):.0f}", flat
         )
-        first, last = watch.ends([float(count) for count in watch.files])
-        kept = last <= first * MOST_GROWTH + SPARE_FILES
-        verdict.line(f"open files of {name}", f"{first:.0f}, at the end {last:.0f}", kept)
+        # A slow reader that was cut off has none until it comes again, so how many there are changes; no leak is what
+        # never has more than the streams need.
+        most = max(watch.files)
+        verdict.line(f"open files of {name}", f"at most {most}", most <= sum(before.files) + STREAMS + SPARE_FILES)
     closed_s, left = _time_until_closed(target, sum(before.files))
     verdict.line(
         "open files once all is over",

@@ -38,6 +38,18 @@ class FlakyStore:
         self.content = RegistryContent(self.content.revision + 1, (MODEL,), backends)
 
 
+def test_backend_that_goes_on_answering_is_not_taken_out_by_probes_that_come_late() -> None:
+    state = BackendState("busy")
+    state.succeeded()
+    for _ in range(5):
+        state.failed("it was silent for too long")
+        state.heard()
+    assert state.healthy
+    state.failed("it was silent for too long")
+    state.failed("it was silent for too long")
+    assert not state.healthy
+
+
 async def test_content_is_read_once_for_each_revision() -> None:
     store = FlakyStore()
     registry = Registry(store)
