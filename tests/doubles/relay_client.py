@@ -56,16 +56,19 @@ class RelayClient:
             await asyncio.sleep(0.5)
 
     async def _read(self, batches: AsyncIterator[pb.RelayBatch]) -> None:
-        async for batch in batches:
-            for frame in batch.frames:
-                match frame.WhichOneof("kind"):
-                    case "ping":
-                        self.pongs += 1
-                    case "drain":
-                        self.drained.set()
-                    case _:
-                        self._calls[frame.inference_id].frames.put_nowait(frame)
-        self.has_ended = True
+        try:
+            async for batch in batches:
+                for frame in batch.frames:
+                    match frame.WhichOneof("kind"):
+                        case "ping":
+                            self.pongs += 1
+                        case "drain":
+                            self.drained.set()
+                        case _:
+                            self._calls[frame.inference_id].frames.put_nowait(frame)
+        finally:
+            # A router that has nothing left to do may be gone before it has said that the relay ended well.
+            self.has_ended = True
 
 
 class RelayedCall:
