@@ -61,7 +61,7 @@ class Relay:
         self._outbox = Outbox(window_s=window_s)
         self._running: dict[int, _Relayed] = {}
         self._loop = asyncio.get_running_loop()
-        self._tasks: set[asyncio.Task[None] | None] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._last_opened = False
 
     def batches(self) -> AsyncIterator[pb.RelayBatch]:
@@ -78,8 +78,9 @@ class Relay:
                 if relayed := self._running.get(frame.inference_id):
                     relayed.give_credit(frame.credit.bytes)
             elif kind == "cancel":
-                if relayed := self._running.pop(frame.inference_id, None):
+                if relayed := self._running.get(frame.inference_id):
                     relayed.abandon()
+                    self._finish(frame.inference_id)
             elif kind == "ping":
                 self._outbox.add(0).ping.SetInParent()
             elif kind == "drain":
@@ -100,15 +101,16 @@ class Relay:
     async def close(self) -> None:
         """Abandon what runs, and wait until it has ended."""
         self.abandon()
-        tasks = [task for task in self._tasks if task is not None]
-        if tasks:
-            await asyncio.wait(tasks)
+        if self._tasks:
+            await asyncio.wait(self._tasks)
 
     def _begin(self, inference_id: int, opened: pb.RelayOpen) -> None:
         relayed = self._running[inference_id] = _Relayed(self, inference_id, opened.credit_bytes)
         run = self._run_traced if opened.traceparent else self._run
         relayed.task = self._loop.create_task(run(relayed, opened))
         self._tasks.add(relayed.task)
+        # Not in the task itself: one that is cancelled before its first step has no step to say so in.
+        relayed.task.add_done_callback(self._tasks.discard)
 
     async def _run_traced(self, relayed: _Relayed, opened: pb.RelayOpen) -> None:
         span = tracing.resume("router", opened.traceparent)
@@ -142,8 +144,6 @@ class Relay:
             if span is not None:
                 span.fail(error.reason.value)
             relayed.end(error)
-        finally:
-            self._tasks.discard(relayed.task)
 
     def _begin_inference(
         self, relayed: _Relayed, opened: pb.RelayOpen, principal: Principal, span: Span | None

@@ -28,11 +28,7 @@ ENDPOINTS = {
 
 _EVENT_STREAM = "text/event-stream"
 # Proxies hold back what they think they may.
-_STREAM_HEADERS = [
-    (b"content-type", b"text/event-stream"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
+_STREAM_HEADERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 # The edge's own to say.
 _OWN_HEADERS = frozenset({"content-type", "content-length", "transfer-encoding", "connection", "x-request-id"})
 
@@ -125,10 +121,9 @@ class InferenceEndpoint:
 
 
 def _headers(head: inference_service_pb2.InferHead) -> list[tuple[bytes, bytes]]:
+    headers = [(b"content-type", head.content_type.encode("latin-1"))]
     if head.content_type == _EVENT_STREAM:
-        headers = [*_STREAM_HEADERS]
-    else:
-        headers = [(b"content-type", head.content_type.encode("latin-1"))]
+        headers += _STREAM_HEADERS
     for name, value in head.headers.items():
         if name.lower() not in _OWN_HEADERS:
             headers.append((name.lower().encode("ascii"), value.encode("latin-1")))

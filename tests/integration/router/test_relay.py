@@ -110,6 +110,26 @@ async def test_router_that_stops_drains_its_relays(
         await until(lambda: router.relay.has_ended)
 
 
+async def test_relay_whose_last_inference_is_cancelled_while_it_drains_ends_too(
+    relayed: Router, engine: ScriptedBackend
+) -> None:
+    engine.default = Answer([*sse(chunk("a"), done=False), asyncio.Event()], content_type=EVENTS)
+    call = relayed.infer(STREAM)
+    await call.read()
+    relayed.relay.say(pb.RelayFrame(drain=pb.RelayDrain()))
+    call.cancel()
+    await until(lambda: relayed.relay.has_ended)
+
+
+async def test_inference_that_is_cancelled_as_it_is_opened_leaves_nothing_behind(relayed: Router) -> None:
+    assert relayed.relays is not None
+    relay = relayed.relays.open()
+    opened = pb.RelayFrame(inference_id=1, open=pb.RelayOpen(request_id="req_1", credential=relayed.credential))
+    relay.receive(pb.RelayBatch(frames=[opened, pb.RelayFrame(inference_id=1, cancel=pb.RelayCancel())]))
+    await until(lambda: not relay._tasks and not relay._running)
+    await relayed.relays.close(relay)
+
+
 async def test_edge_that_falls_silent_has_its_inferences_ended(
     relayed: Router, engine: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
