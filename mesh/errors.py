@@ -45,6 +45,10 @@ class Reason(StrEnum):
     MODEL_NOT_FOUND = "model_not_found"
     RATE_LIMIT_EXCEEDED = "rate_limit_exceeded"
     INSUFFICIENT_QUOTA = "insufficient_quota"
+    MODEL_NOT_PRICED = "model_not_priced"
+    IDEMPOTENCY_KEY_REUSED = "idempotency_key_reused"
+    IDEMPOTENCY_KEY_IN_USE = "idempotency_key_in_use"
+    USAGE_UNRECORDABLE = "usage_unrecordable"
     AUTH_UNAVAILABLE = "auth_unavailable"
     UNAVAILABLE = "unavailable"
     NO_BACKEND_AVAILABLE = "no_backend_available"
@@ -151,6 +155,34 @@ CATALOG: Mapping[Reason, Entry] = MappingProxyType(
             "insufficient_quota",
             "insufficient_quota",
             "You exceeded your current quota, please check your budgets.",
+        ),
+        Reason.MODEL_NOT_PRICED: Entry(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            500,
+            _SERVER,
+            "model_not_priced",
+            "The model '{model}' has no price, so it cannot be used. An administrator must set one; zero is allowed.",
+        ),
+        Reason.IDEMPOTENCY_KEY_REUSED: Entry(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            422,
+            _REQUEST,
+            "idempotency_key_reused",
+            "This Idempotency-Key was used with another request.",
+        ),
+        Reason.IDEMPOTENCY_KEY_IN_USE: Entry(
+            grpc.StatusCode.ABORTED,
+            409,
+            _REQUEST,
+            "idempotency_key_in_use",
+            "A request with this Idempotency-Key is still running. Please try again later.",
+        ),
+        Reason.USAGE_UNRECORDABLE: Entry(
+            grpc.StatusCode.UNAVAILABLE,
+            503,
+            _SERVER,
+            "usage_unrecordable",
+            "Usage cannot be recorded at the moment. Please try again later.",
         ),
         Reason.AUTH_UNAVAILABLE: Entry(
             grpc.StatusCode.UNAVAILABLE,
