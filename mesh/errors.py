@@ -440,6 +440,9 @@ def to_aip193(error: BaseException) -> dict[str, Any]:
     }
 
 
+_NOT_TO_RETRY = frozenset({Reason.INSUFFICIENT_QUOTA, Reason.MODEL_NOT_PRICED})
+
+
 def response_headers(error: BaseException) -> dict[str, str]:
     """The headers that an HTTP answer with this error carries besides its content type."""
     known = as_platform_error(error)
@@ -448,8 +451,8 @@ def response_headers(error: BaseException) -> dict[str, str]:
         headers["WWW-Authenticate"] = "Bearer"
     if known.reason is Reason.RATE_LIMIT_EXCEEDED:
         headers |= {name: value for name, value in known.details.items() if name.startswith("x-ratelimit-")}
-    if known.reason is Reason.INSUFFICIENT_QUOTA or known.details.get("x-should-retry") == "false":
-        # OpenAI's clients retry every 429 unless told otherwise, and no retry brings back a spent budget.
+    if known.reason in _NOT_TO_RETRY or known.details.get("x-should-retry") == "false":
+        # OpenAI's clients retry every 429 and 500 unless told otherwise.
         headers["x-should-retry"] = "false"
     elif known.retry_after_s is not None or known.entry.http in (429, 503):
         headers["Retry-After"] = str(max(1, math.ceil(known.retry_after_s or 0)))

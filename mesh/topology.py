@@ -9,5 +9,5 @@ The number counts the meanings of a body: protobuf reads a body of one meaning a
 has a queue of its own. In version 1 a body was a single UsageEvent."""
 
 EVENTS = Queue("analytics.events.v1", exchange="events", routing_key="events.v1")
-"""What people may want to be told of, from all services, on its way to analytics, which keeps it and sends webhooks. Each
-body is an aiaas.type.v1.PlatformEvent."""
+"""What people may want to be told of, from all services, on its way to analytics, which keeps it and sends webhooks.
+Each body is an aiaas.type.v1.PlatformEvent."""

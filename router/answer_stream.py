@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from mesh.errors import PlatformError
 from router import sse
 from router.http1 import ConnectionLostError, UpstreamAnswer, UpstreamError
 
@@ -26,7 +27,8 @@ class EngineFaultError(Exception):
 
 
 class AnswerStream:
-    """One stream of one engine. `begin` is called before the first bytes are passed to `write`."""
+    """One stream of one engine. `begin` is called before the first bytes are passed to `write`; if it raises
+    PlatformError, nothing is passed on."""
 
     __slots__ = ("_answer", "_begin", "_done", "_has_begun", "_timer", "_watch", "_write")
 
@@ -45,7 +47,7 @@ class AnswerStream:
         """Return when the whole stream has been passed on.
 
         Raises UpstreamError for a stream that breaks off or falls silent, sse.EventTooLongError for one that never
-        ends an event, EngineFaultError for an error that came as an event.
+        ends an event, EngineFaultError for an error that came as an event, and what `begin` raises.
         """
         try:
             self._answer.forward(self)
@@ -65,9 +67,8 @@ class AnswerStream:
             self._done.set_exception(error)
             return
         if events:
-            if not self._has_begun:
-                self._has_begun = True
-                self._begin()
+            if not self._has_begun and not self._start():
+                return
             self._write(events)
         if watch.fault is not None:
             self._done.set_exception(EngineFaultError(watch.fault))
@@ -83,12 +84,21 @@ class AnswerStream:
         elif error is not None:
             self._done.set_exception(error)
         elif rest := self._watch.end():
-            if not self._has_begun:
-                self._begin()
-            self._write(rest)
-            self._end()
+            if self._has_begun or self._start():
+                self._write(rest)
+                self._end()
         else:
             self._done.set_exception(ConnectionLostError("it ended its answer too early"))
+
+    def _start(self) -> bool:
+        """Begin; returns whether that was possible."""
+        self._has_begun = True
+        try:
+            self._begin()
+        except PlatformError as error:
+            self._done.set_exception(error)
+            return False
+        return True
 
     def _end(self) -> None:
         if not self._done.done():

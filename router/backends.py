@@ -1,4 +1,4 @@
-"""What a backend is, and the registry of backends and models that a router keeps in memory; it never sends a request.
+"""What a backend is, and the registry of backends, models and prices in memory; it never sends a request.
 
 The registry's content comes from PostgreSQL; what a router knows by itself of a backend, its health and the requests it
 has in flight there, lives in a `BackendState` that outlasts every reload.
@@ -17,9 +17,11 @@ from types import MappingProxyType
 from typing import Protocol
 
 from aiaas.router.v1.backend_service_pb2 import EngineKind
+from mesh.clock import Clock, SystemClock
 from mesh.errors import PlatformError, Reason
 from router import metrics
 from router.models import Model
+from router.prices import Price, PriceSchedule, schedules
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ _MODELS = 256
 _LIMIT_REQUESTS = 1_000_000
 _FIRST_BYTE_TIMEOUT_MILLIS = 3_600_000
 _NEVER = datetime.fromtimestamp(0, UTC)
+_SYSTEM_CLOCK = SystemClock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,21 +197,24 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class RegistryContent:
-    """What the store holds, all of one moment."""
+    """What the store holds, all of one moment; prices in the order of (model_id, valid_from)."""
 
     revision: int
     models: tuple[Model, ...]
     backends: tuple[Backend, ...]
+    prices: tuple[Price, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The registry at one revision, indexed for requests: models by every name, and who serves each of them."""
+    """The registry at one revision, indexed for requests: models by every name, who serves each of them, and what each
+    costs."""
 
     models: Mapping[str, Model]
     names: Mapping[str, Model]
     backends: Mapping[str, Backend]
     served: Mapping[str, tuple[Served, ...]]
+    prices: Mapping[str, PriceSchedule] = field(default_factory=dict)
 
     def find_model(self, name: str, allowed_models: tuple[str, ...]) -> Model:
         """The model of that id or alias. Raises PlatformError(MODEL_NOT_FOUND), also for one that is not allowed."""
@@ -216,6 +222,15 @@ class Snapshot:
         if model is None or not is_allowed(model, allowed_models):
             raise PlatformError(Reason.MODEL_NOT_FOUND, field="model", model=name)
         return model
+
+    def price_of(self, model_id: str, at: datetime) -> Price | None:
+        """The price of a model that holds at a moment; None where it has none then, and so must not be used."""
+        schedule = self.prices.get(model_id)
+        return None if schedule is None else schedule.at(at)
+
+    def unpriced_models(self, at: datetime) -> list[str]:
+        """The ids of the models that have no price at a moment."""
+        return [model_id for model_id in self.models if self.price_of(model_id, at) is None]
 
 
 def is_allowed(model: Model, allowed_models: tuple[str, ...]) -> bool:
@@ -236,8 +251,9 @@ class RegistryStore(Protocol):
 class Registry:
     """Keeps the last known content in memory: polled, and refreshed at once after a change through this router."""
 
-    def __init__(self, store: RegistryStore, *, poll_s: float = 1.0) -> None:
+    def __init__(self, store: RegistryStore, *, clock: Clock = _SYSTEM_CLOCK, poll_s: float = 1.0) -> None:
         self._store = store
+        self._clock = clock
         self._poll_s = poll_s
         self._revision: int | None = None
         self._lock = asyncio.Lock()
@@ -267,12 +283,13 @@ class Registry:
     async def refresh(self) -> None:
         """Read the content if its revision has moved. Raises PlatformError(UNAVAILABLE), and keeps what is known."""
         async with self._lock:
-            if await self._store.revision() == self._revision:
-                return
-            content = await self._store.load()
-            self._replace(content)
-            self._revision = content.revision
-            self.changed.set()
+            if await self._store.revision() != self._revision:
+                content = await self._store.load()
+                self._replace(content)
+                self._revision = content.revision
+                self.changed.set()
+                if unpriced := self.snapshot.unpriced_models(self._clock.now()):
+                    logger.warning("models without a price cannot be used: %s", ", ".join(unpriced))
 
     async def run(self) -> None:
         """Poll for changes until cancelled. While PostgreSQL is away, the last known content goes on serving."""
@@ -287,6 +304,8 @@ class Registry:
                 if not away:
                     logger.warning("the registry cannot be read, the last known one serves: %s", error.reason.value)
                 away = True
+            # Not only when something changed, since prices begin at their own time.
+            metrics.UNPRICED_MODELS.set(len(self.snapshot.unpriced_models(self._clock.now())))
             await asyncio.sleep(self._poll_s)
 
     def _replace(self, content: RegistryContent) -> None:
@@ -313,4 +332,5 @@ class Registry:
             names=names | models,
             backends=backends,
             served={model_id: tuple(entries) for model_id, entries in served.items()},
+            prices=schedules(content.prices),
         )

@@ -11,7 +11,7 @@ from aiaas.identity.v1 import budget_service_pb2 as pb
 from mesh.errors import from_rpc_error
 
 if TYPE_CHECKING:
-    from aiaas.identity.v1.budget_service_pb2_grpc import BudgetServiceAsyncStub
+    from aiaas.identity.v1.budget_service_pb2_grpc import BudgetServiceStub
 
 _TIMEOUT_S = 2.0
 _PAGE = 500
@@ -45,7 +45,7 @@ class Ledger(Protocol):
 class RemoteLedger:
     """The ledger behind gRPC."""
 
-    def __init__(self, stub: BudgetServiceAsyncStub) -> None:
+    def __init__(self, stub: BudgetServiceStub) -> None:
         self._stub = stub
 
     async def resolve(self, organization_id: str) -> pb.ResolveBudgetsResponse:

@@ -328,7 +328,7 @@ class Budgets:
                 async for change in self._ledger.watch(self._revision):
                     pause_s = _FIRST_PAUSE_S
                     if not self._revision:
-                        # Nobody can tell what changed before.
+                        # Nobody can tell what changed before this first answer.
                         for organization in self._organizations.values():
                             organization.due_at = 0.0
                     self._revision = max(self._revision, change.revision)

@@ -23,6 +23,16 @@ class RouterConfig:
     )
     amqp_url: str = setting("AIAAS_ROUTER_AMQP_URL", "amqp://... that usage events are published to", secret=True)
     identity_target: str = setting("AIAAS_ROUTER_IDENTITY_TARGET", "gRPC target of identity, which judges credentials")
+    journal_path: str = setting(
+        "AIAAS_ROUTER_JOURNAL_PATH",
+        "folder of the journal of requests: of this router alone, and kept over restarts, since it is what is billed",
+        default="journal",
+    )
+    journal_limit_bytes: Annotated[int, msgspec.Meta(ge=16 << 20)] = setting(
+        "AIAAS_ROUTER_JOURNAL_LIMIT_BYTES",
+        "size of the journal at which new requests are refused; published entries make room before, and after 72 hours",
+        default=4 << 30,
+    )
     grpc_address: str = setting(
         "AIAAS_ROUTER_GRPC_ADDRESS", "host:port or unix:path that gRPC listens on", default="127.0.0.1:27003"
     )

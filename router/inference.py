@@ -1,8 +1,9 @@
 """Runs one inference from the client's body to the answer's last byte; it speaks neither gRPC nor HTTP.
 
 Every RPC that infers ends here. Whatever way a request goes out, answered, refused, failed, cancelled, past its
-deadline or broken off, its upstream connection is closed and exactly one usage event is recorded. Both happen without
-awaiting anything, so that no cancellation can come between.
+deadline or broken off, its upstream connection is closed, what it reserved is settled, and exactly one usage event is
+written. All of it happens without awaiting anything, so that no cancellation can come between. And no byte of an answer
+leaves before the journal would remember, after a crash, that there was a request.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from functools import lru_cache
 from typing import Protocol
 
 import msgspec
 
 from aiaas.type.v1 import usage_event_pb2
-from aiaas.type.v1.usage_event_pb2 import TokenUsage
+from aiaas.type.v1.usage_event_pb2 import TokenUsage, UsageEvent
 from mesh.auth import Principal
 from mesh.clock import Clock
 from mesh.errors import PlatformError, Reason
@@ -25,19 +28,21 @@ from mesh.tracing import Span
 from router import metrics, requests, sse
 from router.answer_stream import AnswerStream, EngineFaultError
 from router.backends import Registry, Served
+from router.ceilings import Ceiling, ceiling_of
 from router.http1 import (
     ConnectionRefusedUpstreamError,
     UpstreamAnswer,
     UpstreamError,
     UpstreamTimeoutError,
 )
+from router.journal import Entry, Journal
+from router.leases import Reservation
 from router.models import ENDPOINT_NAMES, Model
-from router.publisher import UsageRecorder
 from router.rate_limits import Permit
 from router.requests import ParsedRequest
 from router.routing import RETRY_AFTER_S, Routing, check_endpoint
 from router.upstream import Timeouts, Upstream
-from router.usage import AttemptRecord, UsageRecord, build_event
+from router.usage import AttemptRecord, UsageRecord, clamp_usage, close_event, open_event
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +60,7 @@ _PIECE_BYTES = 1 << 20
 _DEADLINE_SLACK_S = 0.05
 _OUTCOME_NAMES = {number: name.removeprefix("OUTCOME_").lower() for name, number in usage_event_pb2.Outcome.items()}
 _JSON = "application/json"
+_UNBILLED = frozenset({usage_event_pb2.OUTCOME_REFUSED, usage_event_pb2.OUTCOME_FAILED})
 
 
 class InferenceRequest(msgspec.Struct):
@@ -110,6 +116,16 @@ class Limiter(Protocol):
         """Reserve room for a request of so many tokens. Raises PlatformError(RATE_LIMIT_EXCEEDED)."""
 
 
+class Treasury(Protocol):
+    """Who says whether there is money for a request."""
+
+    async def reserve(
+        self, principal: Principal, model: str, ceiling: Ceiling, admit_time: datetime, stop: Callable[[], None]
+    ) -> Reservation | None:
+        """Reserve what a request can use at most; None where nobody counts it. `stop` is called if it has to end.
+        Raises PlatformError(INSUFFICIENT_QUOTA, UNAVAILABLE)."""
+
+
 class _BackendFailedError(Exception):
     """An attempt failed before the first byte in a way that another backend may not."""
 
@@ -127,8 +143,9 @@ class Engine:
         registry: Registry,
         routing: Routing,
         limiter: Limiter,
+        treasury: Treasury,
         upstream: Upstream,
-        recorder: UsageRecorder,
+        journal: Journal,
         clock: Clock,
         timeouts: Timeouts,
         router_id: str,
@@ -136,8 +153,9 @@ class Engine:
         self.registry = registry
         self.routing = routing
         self.limiter = limiter
+        self.treasury = treasury
         self.upstream = upstream
-        self.recorder = recorder
+        self.journal = journal
         self.clock = clock
         self.timeouts = timeouts
         self.router_id = router_id
@@ -152,8 +170,11 @@ class Inference:
 
     __slots__ = (
         "_answer",
+        "_ceiling",
+        "_cut",
         "_engine",
-        "_has_expired",
+        "_entry",
+        "_event",
         "_parsed",
         "_permit",
         "_prompt_tokens",
@@ -162,7 +183,6 @@ class Inference:
         "_request",
         "_served",
         "_settled",
-        "_strip_usage",
         "_task",
         "_timer",
         "_watch",
@@ -185,22 +205,26 @@ class Inference:
         self._task = task
         self._parsed: ParsedRequest | None = None
         self._prompt_tokens = 0
-        self._strip_usage = False
         self._permit: Permit | None = None
+        self._ceiling: Ceiling | None = None
+        self._entry: Entry | None = None
+        self._event: UsageEvent | None = None
         self._served: Served | None = None
         self._answer: UpstreamAnswer | None = None
         self._watch: sse.EventWatch | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._has_expired = False
+        # Why the task that runs it is being cancelled, if it is not its caller who does so.
+        self._cut: PlatformError | None = None
         self._settled = False
 
     async def run(self) -> None:
         """Give the reader its answer; returns when it has the tail.
 
         Raises PlatformError: before the head for what is the client's fault (INVALID_JSON, UNKNOWN_FIELD,
-        INVALID_ARGUMENT, MODEL_NOT_FOUND, PERMISSION_DENIED), for want of room (RATE_LIMIT_EXCEEDED), for what is the
-        platform's (UNAVAILABLE, NO_BACKEND_AVAILABLE, BACKEND_ERROR, BACKEND_TIMEOUT); after it BACKEND_ERROR or
-        BACKEND_TIMEOUT for an answer that broke off; DEADLINE_EXCEEDED at any time.
+        INVALID_ARGUMENT, MODEL_NOT_FOUND, PERMISSION_DENIED), for want of room or money (RATE_LIMIT_EXCEEDED,
+        INSUFFICIENT_QUOTA), for what is the platform's (UNAVAILABLE, MODEL_NOT_PRICED, USAGE_UNRECORDABLE,
+        NO_BACKEND_AVAILABLE, BACKEND_ERROR, BACKEND_TIMEOUT); after it BACKEND_ERROR or BACKEND_TIMEOUT for an answer
+        that broke off, UNAVAILABLE for one whose budget can be charged no longer; DEADLINE_EXCEEDED at any time.
         """
         if self._task is None:
             self._task = asyncio.current_task()
@@ -209,8 +233,8 @@ class Inference:
             # What asyncio.timeout does, at a fifth of its cost.
             self._timer = asyncio.get_running_loop().call_later(max(0.0, remaining_s), self._expire)
         try:
-            model, ceiling_tokens = self._check()
-            self._permit = await self._engine.limiter.admit(self._request.principal, model.model_id, ceiling_tokens)
+            model, parsed = self._check()
+            await self._admit(model, parsed)
             await self._answer_with(model)
             self._settle(usage_event_pb2.OUTCOME_SUCCEEDED, "")
         except PlatformError as error:
@@ -218,8 +242,8 @@ class Inference:
             raise
         except asyncio.CancelledError:
             self._give_up()
-            if self._has_expired and self._task is not None and self._task.uncancel() == 0:
-                raise PlatformError(Reason.DEADLINE_EXCEEDED) from None
+            if self._cut is not None and self._task is not None and self._task.uncancel() == 0:
+                raise self._cut from None
             raise
         except BaseException:
             self._settle(self._outcome_of(PlatformError(Reason.INTERNAL)), Reason.INTERNAL.value)
@@ -238,6 +262,8 @@ class Inference:
         if self._watch is not None and self._watch.complete:
             # Clients hang up at the closing marker; they have had everything by then.
             self._settle(usage_event_pb2.OUTCOME_SUCCEEDED, "")
+        elif self._cut is not None and self._cut.reason is not Reason.DEADLINE_EXCEEDED:
+            self._settle(self._outcome_of(self._cut), self._cut.reason.value)
         elif self._is_past_deadline():
             self._settle(usage_event_pb2.OUTCOME_DEADLINE_EXCEEDED, Reason.DEADLINE_EXCEEDED.value)
         else:
@@ -253,8 +279,8 @@ class Inference:
         if self._answer is not None:
             self._answer.resume()
 
-    def _check(self) -> tuple[Model, int]:
-        """The model, and about how many tokens the request may cost at most."""
+    def _check(self) -> tuple[Model, ParsedRequest]:
+        """The model, and what is asked of it."""
         request = self._request
         if not self._engine.registry.loaded:
             # Which models there are is not known: to say that one does not exist would be a lie.
@@ -262,12 +288,31 @@ class Inference:
         check_network(request.principal.allowed_networks, request.client_address)
         parsed = self._parsed = requests.parse(request.endpoint, request.body)
         self._prompt_tokens = requests.estimate_tokens(request.body)
-        self._strip_usage = not parsed.wants_usage
         self._record.streamed = parsed.stream
         model = self._engine.registry.snapshot.find_model(parsed.model, request.principal.allowed_models)
         self._record.model = model.model_id
         check_endpoint(model, request.endpoint)
-        return model, parsed.ceiling_tokens
+        return model, parsed
+
+    async def _admit(self, model: Model, parsed: ParsedRequest) -> None:
+        """Find room and money for the request, and write down that it runs."""
+        engine, record, principal = self._engine, self._record, self._request.principal
+        price = engine.registry.snapshot.price_of(model.model_id, record.admit_time)
+        if price is None:
+            raise PlatformError(Reason.MODEL_NOT_PRICED, model=model.model_id)
+        body_bytes = None if parsed.has_media else len(self._request.body)
+        ceiling = ceiling_of(body_bytes, parsed.completion_tokens, parsed.choices, model.context_tokens, price)
+        self._permit = await engine.limiter.admit(principal, model.model_id, parsed.estimated_tokens)
+        reservation = await engine.treasury.reserve(principal, model.model_id, ceiling, record.admit_time, self._stop)
+        record.price = price
+        record.reservation = reservation
+        if reservation is not None and reservation.ceiling is not ceiling:
+            ceiling = reservation.ceiling
+            parsed.shorten(ceiling.completion_tokens)
+        self._ceiling = ceiling
+        self._event = open_event(record, engine.router_id)
+        self._entry = engine.journal.begin(self._event.SerializeToString())
+        self._entry.progress = self._progress
 
     async def _answer_with(self, model: Model) -> None:
         """Try backends until one has answered to the end, or failed where no other can help."""
@@ -312,7 +357,10 @@ class Inference:
         raise failure
 
     async def _ask(self, served: Served) -> None:
-        answer = await self._first_byte(served)
+        parsed = self._parsed
+        if parsed is None:
+            raise PlatformError(Reason.INTERNAL)
+        answer = await self._first_byte(served, parsed)
         streamed = self._record.streamed
         if answer.status != 200:
             raise _judge(answer.status, sse.read_fault(await answer.read(_FAULT_BYTES), answer.status))
@@ -326,26 +374,30 @@ class Inference:
                 self._reader.data(document[start : start + _PIECE_BYTES])
             return
         self._watch = watch = sse.EventWatch(
-            responses=self._record.endpoint == usage_event_pb2.ENDPOINT_RESPONSES, strip_usage=self._strip_usage
+            responses=self._record.endpoint == usage_event_pb2.ENDPOINT_RESPONSES,
+            strip_usage=not parsed.wants_usage,
+            strip_interim_usage=parsed.strips_interim_usage(served.backend.engine),
+            choices=parsed.prompt_choices,
         )
         try:
             await AnswerStream(answer, watch, self._begin_stream, self._reader.data).run()
         except EngineFaultError as error:
             raise _judge(error.fault.status, error.fault) from None
 
-    async def _first_byte(self, served: Served) -> UpstreamAnswer:
+    async def _first_byte(self, served: Served, parsed: ParsedRequest) -> UpstreamAnswer:
         """The answer, once its first byte has come."""
-        parsed, engine = self._parsed, self._engine
-        if parsed is None:
-            raise PlatformError(Reason.INTERNAL)
+        engine = self._engine
         timeouts = engine.timeouts
         if served.backend.first_byte_timeout_millis:
             timeouts = replace(timeouts, first_byte_s=served.backend.first_byte_timeout_millis / 1000)
-        body = parsed.upstream_body(served.upstream_model)
+        body = parsed.upstream_body(served.upstream_model, served.backend.engine)
         self._answer = await engine.upstream.open(served.backend, parsed.path, body, timeouts, streamed=parsed.stream)
         return self._answer
 
     def _begin(self, content_type: str) -> None:
+        """Send the head. Raises PlatformError(USAGE_UNRECORDABLE), and then has sent nothing."""
+        if self._entry is not None:
+            self._entry.make_durable()
         # No other backend will be asked. A stream lasts for minutes, and its prompt may be megabytes.
         self._parsed = None
         self._request.body = b""
@@ -386,8 +438,14 @@ class Inference:
         return _failed(error.reason)
 
     def _expire(self) -> None:
-        self._has_expired = True
-        if self._task is not None:
+        self._end_early(PlatformError(Reason.DEADLINE_EXCEEDED))
+
+    def _stop(self) -> None:
+        self._end_early(PlatformError(Reason.UNAVAILABLE, retry_after_s=RETRY_AFTER_S))
+
+    def _end_early(self, cut: PlatformError) -> None:
+        if self._cut is None and not self._settled and self._task is not None:
+            self._cut = cut
             self._task.cancel()
 
     def _remaining_s(self) -> float | None:
@@ -424,27 +482,56 @@ class Inference:
         if self._timer is not None:
             self._timer.cancel()
         self._end_attempt(reason)
-        record, watch = self._record, self._watch
-        if watch is not None:
-            record.finish_reason = watch.finish_reason
-            if watch.usage is not None:
-                record.usage, record.usage_source = watch.usage, usage_event_pb2.USAGE_SOURCE_ENGINE
-            else:
-                record.usage = TokenUsage(completion_tokens=watch.counted)
-                record.usage_source = usage_event_pb2.USAGE_SOURCE_COUNTED
+        record = self._record
+        self._take_usage()
+        if outcome in _UNBILLED:
+            record.usage = TokenUsage()
+        elif self._ceiling is not None:
+            ceiling = self._ceiling
+            record.usage, record.usage_clamped = clamp_usage(
+                record.usage,
+                ceiling.prompt_tokens,
+                ceiling.all_completion_tokens,
+                counted_tokens=0 if self._watch is None else self._watch.counted,
+            )
         ended = self._engine.clock.monotonic()
         endpoint = ENDPOINT_NAMES.get(record.endpoint, "unknown")
         metrics.requests(endpoint, record.model, _OUTCOME_NAMES[outcome]).inc()
         metrics.request_duration(endpoint, record.model).observe(ended - record.admitted, self._exemplar())
         if self._permit is not None:
             used_tokens = record.usage.prompt_tokens + record.usage.completion_tokens
-            if watch is not None and watch.usage is None:
+            if self._watch is not None and not record.usage.prompt_tokens:
                 # The engine had the whole prompt, even where it did not come to tell of it.
                 used_tokens += self._prompt_tokens
             self._permit.settle(used_tokens)
         if self._request.span is not None:
             _describe(self._request.span, record, _OUTCOME_NAMES[outcome], reason)
-        self._engine.recorder.record(build_event(record, outcome, reason, ended, self._engine.router_id))
+        event = self._event if self._event is not None else open_event(record, self._engine.router_id)
+        close_event(event, record, outcome, reason, ended)
+        if self._entry is not None:
+            self._entry.end(event.SerializeToString())
+        else:
+            self._engine.journal.record(event.SerializeToString())
+
+    def _take_usage(self) -> None:
+        """What the stream has told of usage so far, if there is one."""
+        record, watch = self._record, self._watch
+        if watch is None:
+            return
+        record.finish_reason = watch.finish_reason
+        if watch.usage is not None:
+            record.usage, record.usage_source = watch.usage, usage_event_pb2.USAGE_SOURCE_ENGINE
+        else:
+            record.usage = TokenUsage(completion_tokens=watch.counted)
+            record.usage_source = usage_event_pb2.USAGE_SOURCE_COUNTED
+
+    def _progress(self) -> bytes | None:
+        """What a crash must not make forgotten, as a part of the event; None before there is anything."""
+        self._take_usage()
+        record = self._record
+        if not record.usage.completion_tokens:
+            return None
+        return UsageEvent(usage=record.usage, usage_source=record.usage_source).SerializeToString()
 
     def _exemplar(self) -> dict[str, str] | None:
         span = self._request.span

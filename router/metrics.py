@@ -21,10 +21,20 @@ REQUEST_DURATION = Histogram(
 )
 REQUESTS_IN_FLIGHT = Gauge("aiaas_router_requests_in_flight", "Requests that a backend is working on.", ["backend"])
 BACKEND_HEALTHY = Gauge("aiaas_router_backend_healthy", "1 where the last probes of a backend succeeded.", ["backend"])
+UNPRICED_MODELS = Gauge("aiaas_router_unpriced_models", "Models that cannot be used, since they have no price.")
 USAGE_QUEUE = Gauge("aiaas_router_usage_queue_events", "Usage events that wait to be published.")
-USAGE_DROPPED = Counter("aiaas_router_usage_dropped_events", "Usage events that were lost since the queue was full.")
+USAGE_DROPPED = Counter(
+    "aiaas_router_usage_dropped_events", "Events of refused requests, billed nothing, that the journal had no room for."
+)
 USAGE_PUBLISH_FAILURES = Counter(
     "aiaas_router_usage_publish_failures", "Tries to publish a message of usage events that failed."
+)
+JOURNAL_OPEN = Gauge("aiaas_router_journal_open_entries", "Requests in the journal that run.")
+JOURNAL_SIZE = Gauge("aiaas_router_journal_size_bytes", "Bytes of the journal that are in use.")
+JOURNAL_LIMIT = Gauge("aiaas_router_journal_limit_bytes", "Size of the journal near which no request is admitted.")
+JOURNAL_WRITE_FAILURES = Counter("aiaas_router_journal_write_failures", "Tries to write to the journal that failed.")
+JOURNAL_ABORTED = Counter(
+    "aiaas_router_journal_aborted_requests", "Requests that ran when the router died, settled at its next start."
 )
 
 RATE_LIMIT_DECISIONS = Counter(
@@ -33,6 +43,16 @@ RATE_LIMIT_DECISIONS = Counter(
     ["outcome", "limit", "source"],
 )
 RATE_LIMIT_ROUTERS = Gauge("aiaas_router_rate_limit_routers", "Live routers, as this one knew last.")
+
+BUDGET_LEASES = Gauge("aiaas_router_budget_leases", "Leases of budgets that this router holds.")
+BUDGET_REFUSALS = Counter(
+    "aiaas_router_budget_refusals",
+    "Requests that budgets refused or stopped: spent, the ledger unavailable, or stopped as a lease ended.",
+    ["cause"],
+)
+BUDGET_RENEWAL_FAILURES = Counter(
+    "aiaas_router_budget_renewal_failures", "Reports to the ledger of budgets that failed."
+)
 
 
 @cache

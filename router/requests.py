@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 from msgspec import UNSET, Meta, Raw, UnsetType
 
+from aiaas.router.v1.backend_service_pb2 import EngineKind
 from aiaas.type.v1.usage_event_pb2 import Endpoint
 from mesh.errors import PlatformError, Reason
 
@@ -197,14 +198,21 @@ _STATEFUL = ("background", "previous_response_id", "conversation", "prompt")
 class ParsedRequest(msgspec.Struct, frozen=True):
     """A body that was read: what the router decides on, and what goes on to an engine.
 
-    `ceiling_tokens` is about how many tokens it may cost at most, with its prompt.
+    `wants_usage` is whether the client wants to have the usage of a stream at its end, `wants_interim_usage` beside
+    every text as well. `estimated_tokens` is about how many tokens it uses, with its prompt. `completion_tokens` is how
+    many it wants of each of its `choices` at most, None where it leaves that to the engine; `has_media` whether bytes
+    of the body say nothing of the prompt's tokens.
     """
 
     endpoint: int
     model: str
     stream: bool
     wants_usage: bool
-    ceiling_tokens: int
+    wants_interim_usage: bool
+    estimated_tokens: int
+    completion_tokens: int | None
+    choices: int
+    has_media: bool
     request: _Request
 
     @property
@@ -212,10 +220,37 @@ class ParsedRequest(msgspec.Struct, frozen=True):
         """The engine's path."""
         return _PATHS[self.endpoint]
 
-    def upstream_body(self, upstream_model: str) -> bytes:
-        """The JSON body for an engine that knows the model as `upstream_model`."""
-        self.request.model = upstream_model
-        return _ENCODER.encode(self.request)
+    @property
+    def prompt_choices(self) -> int:
+        """How many answers each prompt has."""
+        return (self.request.n or 1) if isinstance(self.request, _Sampling) else 1
+
+    def strips_interim_usage(self, engine: int) -> bool:
+        """Whether an engine of this kind tells usage beside every text, and the client did not ask for that."""
+        return engine == EngineKind.ENGINE_KIND_VLLM and not self.wants_interim_usage
+
+    def shorten(self, completion_tokens: int) -> None:
+        """Have the engine end each choice after so many tokens."""
+        request = self.request
+        if isinstance(request, _ResponseRequest):
+            request.max_output_tokens = completion_tokens
+        elif isinstance(request, _Sampling):
+            request.max_tokens = completion_tokens
+            if isinstance(request, _ChatRequest):
+                request.max_completion_tokens = None
+
+    def upstream_body(self, upstream_model: str, engine: int) -> bytes:
+        """The JSON body for an engine of this kind that knows the model as `upstream_model`. It is asked to tell with
+        every piece of a stream what has been used so far."""
+        request = self.request
+        request.model = upstream_model
+        if not self.stream or not isinstance(request, _Sampling):
+            return _ENCODER.encode(request)
+        is_vllm = engine == EngineKind.ENGINE_KIND_VLLM
+        request.stream_options = _StreamOptions(include_usage=True, continuous_usage_stats=is_vllm or None)
+        body = _ENCODER.encode(request)
+        # Only its timings tell it of llama.cpp, which are no client's to ask for.
+        return body[:-1] + b',"timings_per_token":true}' if engine == EngineKind.ENGINE_KIND_LLAMACPP else body
 
 
 def parse(endpoint: int, body: bytes) -> ParsedRequest:
@@ -240,14 +275,15 @@ def parse(endpoint: int, body: bytes) -> ParsedRequest:
     for name in request.dropped:
         setattr(request, name, None)
     stream = False
-    wants_usage = True
+    wants_usage = wants_interim_usage = True
+    has_media = False
     if isinstance(request, _Sampling):
         stream = request.stream is True
-        wants_usage = _ask_for_usage(request)
+        wants_usage, wants_interim_usage = _wanted_usage(request)
     if isinstance(request, _ChatRequest):
         for index, message in enumerate(request.messages):
             if not isinstance(message.content, str):
-                _refuse_remote_media(message.content, f"messages.{index}.content")
+                has_media |= _check_media(message.content, f"messages.{index}.content")
     if isinstance(request, _ResponseRequest):
         stream = request.stream is True
         for name in _STATEFUL:
@@ -256,9 +292,21 @@ def parse(endpoint: int, body: bytes) -> ParsedRequest:
             setattr(request, name, None)
         # An engine may store by default what any caller could then read.
         request.store = False
-        _refuse_remote_media(request.input, "input")
-    ceiling_tokens = estimate_tokens(body) + _completion_tokens(request)
-    return ParsedRequest(endpoint, request.model, stream, wants_usage, ceiling_tokens, request)
+        has_media = _check_media(request.input, "input")
+    completion_tokens, choices = _completion(request)
+    return ParsedRequest(
+        endpoint=endpoint,
+        model=request.model,
+        stream=stream,
+        wants_usage=wants_usage,
+        wants_interim_usage=wants_interim_usage,
+        estimated_tokens=estimate_tokens(body)
+        + choices * (_COMPLETION_TOKENS if completion_tokens is None else completion_tokens),
+        completion_tokens=completion_tokens,
+        choices=choices,
+        has_media=has_media,
+        request=request,
+    )
 
 
 def estimate_tokens(body: bytes) -> int:
@@ -266,46 +314,58 @@ def estimate_tokens(body: bytes) -> int:
     return len(body) // _BYTES_PER_TOKEN
 
 
-def _completion_tokens(request: _Request) -> int:
+def _completion(request: _Request) -> tuple[int | None, int]:
+    """How many tokens each choice may have, None where the engine decides, and how many choices there are."""
+    # An engine may take 0 for no limit.
     if isinstance(request, _ChatRequest):
-        return (request.max_completion_tokens or request.max_tokens or _COMPLETION_TOKENS) * (request.n or 1)
+        return request.max_completion_tokens or request.max_tokens or None, request.n or 1
     if isinstance(request, _CompletionRequest):
-        return (request.max_tokens or _COMPLETION_TOKENS) * (request.n or 1)
+        is_batch = isinstance(request.prompt, list) and not _is_tokens(request.prompt)
+        choices = max(request.n or 1, request.best_of or 1) * (len(request.prompt) if is_batch else 1)
+        return request.max_tokens or None, choices
     if isinstance(request, _ResponseRequest):
-        return request.max_output_tokens or _COMPLETION_TOKENS
-    return 0
+        return request.max_output_tokens or None, 1
+    return 0, 1
 
 
-def _ask_for_usage(request: _Sampling) -> bool:
-    """Have the engine tell usage at the end of a stream; returns whether the client asked for that as well."""
+def _is_tokens(prompt: list[Raw]) -> bool:
+    """Whether a list is one prompt of token ids, and not several prompts."""
+    return bool(prompt) and bytes(prompt[0])[:1] not in (b'"', b"[")
+
+
+def _wanted_usage(request: _Sampling) -> tuple[bool, bool]:
+    """Whether the client wants to have usage, and whether beside every text of a stream as well."""
     options = request.stream_options
     if not request.stream:
         if options is not None:
             raise _invalid("stream_options", "'stream_options' is only allowed when 'stream' is true.")
-        return True
-    wants_usage = options is not None and options.include_usage is True
-    request.stream_options = _StreamOptions(
-        include_usage=True,
-        continuous_usage_stats=options.continuous_usage_stats if options is not None and wants_usage else None,
-    )
-    return wants_usage
+        return True, True
+    if options is None or not options.include_usage:
+        return False, False
+    return True, options.continuous_usage_stats is True
 
 
-def _refuse_remote_media(value: Any, place: str) -> None:
-    """Refuse addresses that would make an engine fetch something for a client; media come as data URLs."""
+def _check_media(value: Any, place: str) -> bool:
+    """Whether there are pictures or the like. Refuses addresses that would make an engine fetch something for a client;
+    media come as data URLs."""
     if isinstance(value, list):
-        for index, item in enumerate(value):
-            _refuse_remote_media(item, f"{place}.{index}")
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            inner = f"{place}.{name}"
-            if not name.endswith("_url"):
-                _refuse_remote_media(item, inner)
-                continue
-            if isinstance(item, dict):
-                inner, item = f"{inner}.url", item.get("url")
-            if item is not None and not (isinstance(item, str) and item.startswith("data:")):
-                raise _invalid(inner, f"'{inner}' must be a data URL.")
+        # All of them, since one that is wrong may come after a picture.
+        found = [_check_media(item, f"{place}.{index}") for index, item in enumerate(value)]
+        return any(found)
+    if not isinstance(value, dict):
+        return False
+    has_media = False
+    for name, item in value.items():
+        inner = f"{place}.{name}"
+        if not name.endswith("_url"):
+            has_media |= name.endswith("_audio") or _check_media(item, inner)
+            continue
+        if isinstance(item, dict):
+            inner, item = f"{inner}.url", item.get("url")
+        if item is not None and not (isinstance(item, str) and item.startswith("data:")):
+            raise _invalid(inner, f"'{inner}' must be a data URL.")
+        has_media = True
+    return has_media
 
 
 _STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)

@@ -7,18 +7,20 @@ import contextlib
 import functools
 import os
 import secrets
-import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from google.protobuf.descriptor import ServiceDescriptor
 
-from aiaas.identity.v1 import auth_service_pb2, auth_service_pb2_grpc
+from aiaas.identity.v1 import auth_service_pb2, auth_service_pb2_grpc, budget_service_pb2, budget_service_pb2_grpc
 from aiaas.router.v1 import (
     backend_service_pb2,
     backend_service_pb2_grpc,
     inference_service_pb2,
     inference_service_pb2_grpc,
+    journal_service_pb2,
+    journal_service_pb2_grpc,
     model_service_pb2,
     model_service_pb2_grpc,
     price_service_pb2,
@@ -41,17 +43,23 @@ from mesh.server import AddServicer, GrpcServer
 from mesh.topology import USAGE
 from router.backend_service import BackendService
 from router.backends import CREDENTIAL_PREFIX, Registry
+from router.budget_ledger import RemoteLedger
+from router.budgets import Budgets
 from router.config import RouterConfig
 from router.health import HealthProber
 from router.inference import Engine
 from router.inference_service import InferenceService
+from router.journal import Journal
+from router.journal_service import JournalService
 from router.model_service import ModelService
+from router.price_service import PriceService
 from router.publisher import UsagePublisher
 from router.rate_limits import RATE_LIMITS, ROUTERS, Defaults, RateLimiter
 from router.relay import Relays
 from router.routing import Routing
 from router.store import Store
 from router.upstream import HttpUpstream, Timeouts
+from router.usage import abort_event
 
 _FLUSH_S = 5.0
 
@@ -77,7 +85,11 @@ async def serve(
         broker = Broker(config.amqp_url, USAGE)
         resources.push_async_callback(broker.close)
         identity = await resources.enter_async_context(
-            connect(config.identity_target, auth_service_pb2.DESCRIPTOR.services_by_name["AuthService"])
+            connect(
+                config.identity_target,
+                auth_service_pb2.DESCRIPTOR.services_by_name["AuthService"],
+                budget_service_pb2.DESCRIPTOR.services_by_name["BudgetService"],
+            )
         )
         upstream = await resources.enter_async_context(HttpUpstream(credentials))
 
@@ -100,13 +112,23 @@ async def serve(
                 config.default_tokens_per_minute,
             ),
         )
-        publisher = UsagePublisher(broker, random)
+        journal = Journal(Path(config.journal_path), config.journal_limit_bytes, clock, abort_event)
+        resources.push_async_callback(journal.close)
+        publisher = UsagePublisher(broker, journal, random)
+        budgets = Budgets(
+            RemoteLedger(budget_service_pb2_grpc.BudgetServiceStub(identity)),
+            clock,
+            journal.router_id,
+            journal.instance_id,
+            journal.lease_totals,
+        )
         engine = Engine(
             registry=registry,
             routing=Routing(random),
             limiter=limiter,
+            treasury=budgets,
             upstream=upstream,
-            recorder=publisher,
+            journal=journal,
             clock=clock,
             timeouts=Timeouts(
                 config.connect_timeout_s,
@@ -114,12 +136,14 @@ async def serve(
                 config.answer_timeout_s,
                 config.idle_timeout_s,
             ),
-            router_id=f"{socket.gethostname()}/{config.grpc_address}",
+            router_id=journal.router_id,
         )
         relays = Relays(engine, authenticator)
         grpc_server = GrpcServer(
             config.grpc_address,
-            _services(store, registry, InferenceService(engine, registry, relays)),
+            _services(
+                store, registry, InferenceService(engine, registry, relays), JournalService(journal, publisher, clock)
+            ),
             chain(authenticator, traced=config.otlp_endpoint is not None),
             reflect=config.reflection,
             drain_s=config.drain_s,
@@ -137,7 +161,9 @@ async def serve(
                 for name, run in (
                     ("registry", registry.run),
                     ("health", prober.run),
+                    ("journal", journal.run),
                     ("publisher", publisher.run),
+                    ("budgets", budgets.run),
                     # It ends before its connection does, so that it can say goodbye.
                     ("rate limits", limiter.run),
                     ("scripts", scripts.run_connection),
@@ -153,6 +179,7 @@ async def serve(
             finally:
                 relays.drain()
                 await grpc_server.stop()
+                await budgets.close()
                 await publisher.flush(_FLUSH_S)
                 await ops_server.stop()
                 for task in background:
@@ -160,7 +187,7 @@ async def serve(
 
 
 def _services(
-    store: Store, registry: Registry, inference: InferenceService
+    store: Store, registry: Registry, inference: InferenceService, journal: JournalService
 ) -> list[tuple[ServiceDescriptor, AddServicer, Any]]:
     return [
         (
@@ -181,6 +208,11 @@ def _services(
         (
             price_service_pb2.DESCRIPTOR.services_by_name["PriceService"],
             price_service_pb2_grpc.add_PriceServiceServicer_to_server,
-            price_service_pb2_grpc.PriceServiceServicer(),  # type: ignore[abstract]  # prices come later
+            PriceService(store, registry),
+        ),
+        (
+            journal_service_pb2.DESCRIPTOR.services_by_name["JournalService"],
+            journal_service_pb2_grpc.add_JournalServiceServicer_to_server,
+            journal,
         ),
     ]

@@ -1,4 +1,4 @@
-"""All SQL of the router: models, backends, and the first answers to repeated creations; it never judges a value.
+"""All SQL of the router: models, backends, prices, first answers to repeated creations; it never judges a value.
 
 Every change first takes the one row of `registry_revision`. Changes therefore go one after another, what a change
 checked still holds when it writes, and the number tells every router that there is something new.
@@ -6,9 +6,10 @@ checked still holds when it writes, and the number tells every router that there
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 import asyncpg
@@ -18,9 +19,10 @@ from mesh.database import Connection, Database
 from mesh.errors import PlatformError, Reason
 from router.backends import Backend, BackendModel, RegistryContent, unknown_model
 from router.models import Model, name_taken
+from router.prices import Price, already_priced
 
 _REMEMBERED = timedelta(days=1)
-_Resource = TypeVar("_Resource", Model, Backend)
+_Resource = TypeVar("_Resource", Model, Backend, Price)
 
 _MODELS = """
 SELECT m.model_id, m.owner, m.context_tokens, m.endpoints, m.create_time, m.update_time, m.revision,
@@ -36,6 +38,18 @@ SELECT b.*,
          AS upstream_models
 FROM backends b
 """
+# The versions that hold or are yet to begin. Those that were replaced more than an hour ago are history, since no clock
+# is off by so much.
+_PRICES_IN_USE = """
+SELECT p.*
+FROM models m
+CROSS JOIN LATERAL (
+    SELECT coalesce(max(valid_from), '-infinity') AS since
+    FROM prices WHERE model_id = m.model_id AND valid_from <= now() - interval '1 hour'
+) held
+JOIN prices p ON p.model_id = m.model_id AND p.valid_from >= held.since
+ORDER BY p.model_id, p.valid_from
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +62,7 @@ class Creation:
 
 
 class Store:
-    """Models and backends. Every method raises PlatformError(UNAVAILABLE) while PostgreSQL is away."""
+    """Models, backends and prices. Every method raises PlatformError(UNAVAILABLE) while PostgreSQL is away."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -59,13 +73,16 @@ class Store:
         return int(rows[0]["revision"])
 
     async def load(self) -> RegistryContent:
-        """Everything, of one moment, in the order of ids."""
+        """All that requests need, of one moment, in the order of ids; prices then in the order in which they begin."""
         async with self._database.transaction() as connection:
             await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
             revision = await connection.fetchval("SELECT revision FROM registry_revision")
             models = await connection.fetch(_MODELS + "ORDER BY m.model_id")
             backends = await connection.fetch(_BACKENDS + "ORDER BY b.backend_id")
-        return RegistryContent(revision, tuple(map(_model, models)), tuple(map(_backend, backends)))
+            prices = await connection.fetch(_PRICES_IN_USE)
+        return RegistryContent(
+            revision, tuple(map(_model, models)), tuple(map(_backend, backends)), tuple(map(_price, prices))
+        )
 
     async def create_model(self, model: Model, creation: Creation | None) -> Model:
         """Register a model, or return the first answer to the same creation.
@@ -126,7 +143,7 @@ class Store:
             return _model(_one(await connection.fetch(_MODELS + "WHERE m.model_id = $1", model_id)))
 
     async def delete_model(self, model_id: str, etag: str) -> None:
-        """Remove a model.
+        """Remove a model and its prices.
 
         Raises PlatformError: NOT_FOUND, FAILED_PRECONDITION for a wrong etag or while a backend serves the model.
         """
@@ -209,6 +226,46 @@ class Store:
             _check_etag(current.etag, etag, "etag")
             await connection.execute("DELETE FROM backends WHERE backend_id = $1", backend_id)
 
+    async def create_price(self, model_id: str, make: Callable[[datetime], Price], creation: Creation | None) -> Price:
+        """Add the price that `make` makes of the present moment, or return the first answer to the same creation.
+
+        The moment is the database's, read once it is this change's turn, so that later prices begin later. Raises
+        PlatformError: NOT_FOUND for the model, ALREADY_EXISTS, and whatever `make` raises.
+        """
+        async with self._database.transaction() as connection:
+            await _next_revision(connection)
+            if known := await _first_answer(connection, creation, Price):
+                return known
+            _one(await connection.fetch("SELECT FROM models WHERE model_id = $1", model_id))
+            price = make(await connection.fetchval("SELECT clock_timestamp()"))
+            if await connection.fetchval(
+                "SELECT true FROM prices WHERE model_id = $1 AND valid_from = $2", model_id, price.valid_from
+            ):
+                raise already_priced()
+            await connection.execute(
+                "INSERT INTO prices (price_id, model_id, prompt_micros_per_million, cached_prompt_micros_per_million,"
+                " completion_micros_per_million, valid_from, create_time) VALUES ($1, $2, $3, $4, $5, $6, $7)",
+                *dataclasses.astuple(price),
+            )
+            await _remember(connection, creation, price)
+            return price
+
+    async def list_prices(self, model_id: str, before: datetime | None, limit: int) -> list[Price]:
+        """Up to `limit` prices of a model that begin before `before`, or all, the latest first.
+
+        Raises PlatformError(NOT_FOUND) if there is no such model.
+        """
+        rows = await self._database.fetch(
+            "SELECT * FROM prices WHERE model_id = $1 AND valid_from < coalesce($2::timestamptz, 'infinity')"
+            " ORDER BY valid_from DESC LIMIT $3",
+            model_id,
+            before,
+            limit,
+        )
+        if not rows:
+            await self.get_model(model_id)
+        return list(map(_price, rows))
+
 
 async def _next_revision(connection: Connection) -> int:
     return int(await connection.fetchval("UPDATE registry_revision SET revision = revision + 1 RETURNING revision"))
@@ -234,7 +291,7 @@ async def _first_answer(connection: Connection, creation: Creation | None, kind:
     return msgspec.json.decode(row["answer"], type=kind)
 
 
-async def _remember(connection: Connection, creation: Creation | None, answer: Model | Backend) -> None:
+async def _remember(connection: Connection, creation: Creation | None, answer: Model | Backend | Price) -> None:
     if creation is not None:
         await connection.execute(
             "INSERT INTO creations (scope, request_id, digest, answer) VALUES ($1, $2, $3, $4)",
@@ -353,3 +410,7 @@ def _backend(row: asyncpg.Record) -> Backend:
         update_time=row["update_time"],
         etag=str(row["revision"]),
     )
+
+
+def _price(row: asyncpg.Record) -> Price:
+    return Price(**row)

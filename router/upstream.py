@@ -112,14 +112,19 @@ class HttpUpstream:
 
     async def probe(self, backend: Backend, timeout_s: float) -> None:
         """Ask the engine for its health. Raises UpstreamError if it does not answer with 200 within `timeout_s`."""
+        with contextlib.suppress(AnswerTooLongError):
+            await self.get(backend, HEALTH_PATH, timeout_s, _HEALTH_BYTES)
+
+    async def get(self, backend: Backend, path: str, timeout_s: float, limit_bytes: int) -> bytes:
+        """What the engine tells at `path`. Raises UpstreamError if it does not answer with 200 within `timeout_s`, or
+        with more than `limit_bytes`."""
         try:
             async with asyncio.timeout(timeout_s):
-                answer = await self._ask("GET", backend, HEALTH_PATH, b"", timeout_s, timeout_s, timeout_s)
+                answer = await self._ask("GET", backend, path, b"", timeout_s, timeout_s, timeout_s)
                 try:
                     if answer.status != 200:
-                        raise UpstreamError(f"it answered {HEALTH_PATH} with {answer.status}")
-                    with contextlib.suppress(AnswerTooLongError):
-                        await answer.read(_HEALTH_BYTES)
+                        raise UpstreamError(f"it answered {path} with {answer.status}")
+                    return await answer.read(limit_bytes)
                 finally:
                     answer.close()
         except TimeoutError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Annotated
+from typing import Annotated, cast
 
 import msgspec
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -14,6 +14,8 @@ from msgspec import Meta
 from aiaas.type.v1 import usage_event_pb2
 from aiaas.type.v1.usage_event_pb2 import TokenUsage, UsageEvent
 from mesh.auth import Principal
+from router.leases import Reservation
+from router.prices import Price, cost_micros
 
 SCHEMA_VERSION = 1
 """The meaning of the events built here; consumers refuse a version they do not know."""
@@ -22,15 +24,17 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 
 # No request of any engine comes near it: a count beyond is garbage, and never billed.
-_Count = Annotated[int, Meta(le=1_000_000_000)]
+_MOST = 1_000_000_000
+_Count = Annotated[int, Meta(ge=0, le=_MOST)]
+_Part = Annotated[int, Meta(le=_MOST)]
 
 
 class _PromptDetails(msgspec.Struct):
-    cached_tokens: _Count | None = None
+    cached_tokens: _Part | None = None
 
 
 class _CompletionDetails(msgspec.Struct):
-    reasoning_tokens: _Count | None = None
+    reasoning_tokens: _Part | None = None
 
 
 class _ChatUsage(msgspec.Struct):
@@ -40,6 +44,15 @@ class _ChatUsage(msgspec.Struct):
     completion_tokens: _Count | None = None
     prompt_tokens_details: _PromptDetails | None = None
     completion_tokens_details: _CompletionDetails | None = None
+
+
+class _Timings(msgspec.Struct):
+    """`timings` of llama.cpp, as far as they count tokens: those of the prompt that it still had, those that it did
+    not have, and those that it has generated."""
+
+    cache_n: _Count
+    prompt_n: _Count
+    predicted_n: _Count
 
 
 class _ResponseUsage(msgspec.Struct):
@@ -52,6 +65,7 @@ class _ResponseUsage(msgspec.Struct):
 
 
 _DECODER = msgspec.json.Decoder(_ChatUsage | None)
+_TIMINGS_DECODER = msgspec.json.Decoder(_Timings)
 _RESPONSE_DECODER = msgspec.json.Decoder(_ResponseUsage | None)
 
 
@@ -72,6 +86,15 @@ def read_usage(raw: msgspec.Raw | bytes) -> TokenUsage | None:
     )
 
 
+def read_timings(raw: msgspec.Raw | bytes) -> TokenUsage | None:
+    """The counts of llama.cpp's `timings` object in JSON; None where it is garbage."""
+    try:
+        timings = _TIMINGS_DECODER.decode(raw)
+    except ValueError:
+        return None
+    return _counts(timings.cache_n + timings.prompt_n, timings.cache_n, timings.predicted_n, 0)
+
+
 def read_response_usage(raw: msgspec.Raw | bytes) -> TokenUsage | None:
     """The counts of the Responses API's `usage` object in JSON; None where it is null or garbage."""
     try:
@@ -90,14 +113,25 @@ def read_response_usage(raw: msgspec.Raw | bytes) -> TokenUsage | None:
 
 
 def _counts(prompt: int, cached_prompt: int | None, completion: int | None, reasoning: int | None) -> TokenUsage:
-    """An engine's counts, held to what a usage event may say: none is negative, and no part is above its whole."""
-    prompt, completion = max(0, prompt), max(0, completion or 0)
+    """An engine's counts, held to what a usage event may say: no part is negative, nor above its whole."""
+    completion = completion or 0
     return TokenUsage(
         prompt_tokens=prompt,
         cached_prompt_tokens=min(max(0, cached_prompt or 0), prompt),
         completion_tokens=completion,
         reasoning_tokens=min(max(0, reasoning or 0), completion),
     )
+
+
+def clamp_usage(
+    usage: TokenUsage, ceiling_prompt_tokens: int, ceiling_completion_tokens: int, *, counted_tokens: int = 0
+) -> tuple[TokenUsage, bool]:
+    """What is billed of `usage`, and whether that differs from it: an answer has at least the tokens that were counted
+    as they passed, and no request uses more than its ceiling."""
+    prompt = min(max(0, usage.prompt_tokens), ceiling_prompt_tokens)
+    completion = min(max(usage.completion_tokens, counted_tokens), ceiling_completion_tokens)
+    clamped = _counts(prompt, usage.cached_prompt_tokens, completion, usage.reasoning_tokens)
+    return clamped, clamped != usage
 
 
 @dataclass(slots=True)
@@ -128,21 +162,15 @@ class UsageRecord:
     attempts: list[AttemptRecord] = field(default_factory=list)
     usage: TokenUsage = field(default_factory=TokenUsage)
     usage_source: usage_event_pb2.UsageSource.ValueType = usage_event_pb2.USAGE_SOURCE_UNSPECIFIED
+    usage_clamped: bool = False
+    price: Price | None = None
+    reservation: Reservation | None = None
     finish_reason: str = ""
 
 
-def build_event(
-    record: UsageRecord,
-    outcome: usage_event_pb2.Outcome.ValueType,
-    reason: str,
-    ended: float,
-    router_id: str,
-) -> UsageEvent:
-    """The terminal event of a request that ended at `ended`, monotonic seconds; costs come with prices."""
-    principal = record.principal
-    admitted = record.admitted
-    epoch_micros = (record.admit_time - _EPOCH) // _MICROSECOND
-    duration_micros = _micros(ended - admitted)
+def open_event(record: UsageRecord, router_id: str) -> UsageEvent:
+    """The event of a request that was admitted, as far as it is known then; `close_event` makes it the terminal one."""
+    principal, price = record.principal, record.price
     event = UsageEvent(
         schema_version=SCHEMA_VERSION,
         request_id=record.request_id,
@@ -152,22 +180,48 @@ def build_event(
         service_account_id=principal.service_account_id,
         endpoint=record.endpoint,
         model=record.model,
-        backend_id=record.backend_id,
-        outcome=outcome,
-        reason=reason,
-        usage=record.usage,
-        usage_source=record.usage_source,
-        duration_micros=duration_micros,
-        ttft_micros=0 if record.first_byte is None else max(1, _micros(record.first_byte - admitted)),
         streamed=record.streamed,
         router_id=router_id,
-        finish_reason=record.finish_reason,
     )
     if record.idempotency_key:
         event.idempotency_digest = hashlib.sha256(record.idempotency_key.encode()).hexdigest()
     # Nested messages are filled where they lie, and times are integers: FromDatetime and the constructors of nested
     # messages cost twice as much.
-    _set_time(event.admit_time, epoch_micros)
+    _set_time(event.admit_time, _epoch_micros(record))
+    if price is not None:
+        snapshot = event.price
+        snapshot.price_id = price.price_id
+        snapshot.prompt_micros_per_million = price.prompt_micros_per_million
+        snapshot.cached_prompt_micros_per_million = price.cached_prompt_micros_per_million
+        snapshot.completion_micros_per_million = price.completion_micros_per_million
+    if record.reservation is not None:
+        for lease, reserved in record.reservation.charges:
+            charge = event.budgets.add()
+            charge.budget_id = lease.account.budget_id
+            charge.budget_lease_id = lease.lease_id
+            charge.unit = cast("usage_event_pb2.ChargeUnit.ValueType", lease.account.unit)
+            charge.period_start.CopyFrom(lease.period_start)
+            charge.reserved = reserved
+    return event
+
+
+def close_event(
+    event: UsageEvent, record: UsageRecord, outcome: usage_event_pb2.Outcome.ValueType, reason: str, ended: float
+) -> None:
+    """Make an opened event the terminal one of a request that ended at `ended`, monotonic seconds. Its reservation is
+    settled with it."""
+    admitted = record.admitted
+    epoch_micros = _epoch_micros(record)
+    duration_micros = _micros(ended - admitted)
+    event.backend_id = record.backend_id
+    event.outcome = outcome
+    event.reason = reason
+    event.usage.CopyFrom(record.usage)
+    event.usage_source = record.usage_source
+    event.usage_clamped = record.usage_clamped
+    event.duration_micros = duration_micros
+    event.ttft_micros = 0 if record.first_byte is None else max(1, _micros(record.first_byte - admitted))
+    event.finish_reason = record.finish_reason
     _set_time(event.end_time, epoch_micros + duration_micros)
     for attempt in record.attempts:
         entry = event.attempts.add()
@@ -175,7 +229,37 @@ def build_event(
         entry.duration_micros = _micros((ended if attempt.ended is None else attempt.ended) - attempt.started)
         entry.failure_reason = attempt.failure_reason
         _set_time(entry.start_time, epoch_micros + _micros(attempt.started - admitted))
-    return event
+    if record.price is not None:
+        event.cost_micros = cost_micros(record.price, record.usage)
+    if record.reservation is not None:
+        charged = record.reservation.settle(event.cost_micros, _tokens(record.usage), _requests(outcome))
+        for charge, amount in zip(event.budgets, charged, strict=True):
+            charge.charged = amount
+
+
+def abort_event(event: UsageEvent) -> None:
+    """Work out what an opened event costs, whose router died before it could close it, by the usage that it tells."""
+    event.cost_micros = cost_micros(event.price, event.usage)
+    amounts = {
+        usage_event_pb2.CHARGE_UNIT_COST: event.cost_micros,
+        usage_event_pb2.CHARGE_UNIT_TOKENS: _tokens(event.usage),
+        usage_event_pb2.CHARGE_UNIT_REQUESTS: _requests(event.outcome),
+    }
+    for charge in event.budgets:
+        charge.charged = min(charge.reserved, amounts[charge.unit])
+
+
+def _tokens(usage: TokenUsage) -> int:
+    return usage.prompt_tokens + usage.completion_tokens
+
+
+def _requests(outcome: usage_event_pb2.Outcome.ValueType) -> int:
+    """What a request counts against a budget of requests: one that brought nothing counts nothing."""
+    return 0 if outcome in (usage_event_pb2.OUTCOME_REFUSED, usage_event_pb2.OUTCOME_FAILED) else 1
+
+
+def _epoch_micros(record: UsageRecord) -> int:
+    return (record.admit_time - _EPOCH) // _MICROSECOND
 
 
 def _set_time(timestamp: Timestamp, epoch_micros: int) -> None:

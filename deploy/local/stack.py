@@ -30,6 +30,12 @@ PEERS = {
     "gateway": ("identity", "analytics"),
 }
 OWNER = "local"
+# Of each model, in micro-dollars per million tokens: 5 cents, 2.5 and 20.
+PRICE = {
+    "prompt_micros_per_million": 50_000,
+    "cached_prompt_micros_per_million": 25_000,
+    "completion_micros_per_million": 200_000,
+}
 KEY_FILE = "secrets/platform-key.json"
 HEALTHY_LIMIT_S = 30.0
 
@@ -192,9 +198,16 @@ class _Composition:
                 f"AIAAS_{upper}_OPS_ADDRESS": self.ops[service],
                 f"AIAAS_{upper}_DATABASE_URL": self.postgres.url(service),
                 f"AIAAS_{upper}_REDIS_URL": self.valkey.url,
+                f"AIAAS_{upper}_AMQP_URL": self.rabbitmq.url,
             }
-        if service in ("router", "analytics"):
-            own[f"AIAAS_{upper}_AMQP_URL"] = self.rabbitmq.url
+        if service == "analytics":
+            own |= {
+                # It asks routers once an hour, and starts without them.
+                "AIAAS_ANALYTICS_ROUTER_TARGET": self.grpc["router"],
+                "AIAAS_ANALYTICS_SECRET_KEY": self.state.key("analytics"),
+                # Whoever tries webhooks here receives them here.
+                "AIAAS_ANALYTICS_WEBHOOK_ALLOW_PRIVATE": "true",
+            }
         return {"AIAAS_LOG_LEVEL": "INFO", f"AIAAS_{upper}_DRAIN_S": "5", **own, **self.settings}
 
     @contextlib.contextmanager
@@ -209,8 +222,9 @@ class _Composition:
 async def register(stack: Stack) -> None:
     """Tells the router of the engines and waits until it finds each of them healthy.
 
-    Private ports are new at each start, so addresses are updated. A backend of ours that no longer runs is removed;
-    those that somebody else registered stay. Raises LocalError with the router's own words.
+    Private ports are new at each start, so addresses are updated. A model that has a price keeps it. A backend of ours
+    that no longer runs is removed; those that somebody else registered stay. Raises LocalError with the router's own
+    words.
     """
     headers = {"Authorization": f"Bearer {stack.platform_key}"}
     async with aiohttp.ClientSession(stack.base_url, headers=headers) as session:
@@ -221,6 +235,9 @@ async def register(stack: Stack) -> None:
                 f"/admin/v1/models/{model.model_id}?allow_missing=true",
                 {"owner": OWNER, "context_tokens": model.context_tokens, "endpoints": model.endpoints},
             )
+            prices = f"/admin/v1/models/{model.model_id}/prices"
+            if not (await _call(session, "GET", prices))["prices"]:
+                await _call(session, "POST", prices, PRICE)
         for engine in stack.engines:
             await _call(
                 session,

@@ -1,5 +1,6 @@
 """The state folder: data, logs, secrets and who owns them; never shared by two running stacks."""
 
+import base64
 import contextlib
 import fcntl
 import json
@@ -132,6 +133,13 @@ class State:
         path = self.root / "secrets" / name
         if not path.exists():
             self.write(f"secrets/{name}", secrets.token_hex(20))
+        return path.read_text(encoding="utf-8")
+
+    def key(self, name: str) -> str:
+        """The key of this name, base64 of 32 bytes: made at random the first time, the same ever after."""
+        path = self.root / "secrets" / name
+        if not path.exists():
+            self.write(f"secrets/{name}", base64.b64encode(secrets.token_bytes(32)).decode())
         return path.read_text(encoding="utf-8")
 
     def load(self, name: str) -> Any:

@@ -1,6 +1,6 @@
 """Sees that every call ends: by its caller's deadline, or by one of ours where the caller set none.
 
-Only a two-way stream may last without either: it carries calls with deadlines of their own.
+Only a connection may last without either: a two-way stream, whose calls have deadlines of their own, or a watch.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from grpc_interceptor import AsyncServerInterceptor
 from mesh import context as call
 from mesh.auth import find_method
 from mesh.errors import PlatformError, Reason
-from mesh.interceptors.handler import Handler, is_two_way, proceed
+from mesh.interceptors.handler import Handler, is_connection, proceed
 
 UNARY_TIMEOUT_S = 30.0
 
@@ -43,7 +43,7 @@ class DeadlineInterceptor(AsyncServerInterceptor):
             raise PlatformError(Reason.DEADLINE_EXCEEDED) from None
 
     def _default_s(self, method_name: str) -> float | None:
-        if is_two_way(method_name):
+        if is_connection(method_name):
             return None
         return self._stream_timeout_s if _streams(method_name) else UNARY_TIMEOUT_S
 

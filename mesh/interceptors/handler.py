@@ -12,7 +12,7 @@ from typing import Any
 
 import grpc
 
-from mesh.auth import find_method
+from mesh.auth import find_method, policy_of
 from mesh.errors import PlatformError, Reason
 
 # How long after a failed write gRPC takes, at most, to cancel the call.
@@ -51,7 +51,8 @@ def metadata_value(context: grpc.aio.ServicerContext[Any, Any], name: str) -> st
 
 
 @cache
-def is_two_way(method_name: str) -> bool:
-    """Whether both sides of an RPC stream: it is a connection, open for days, rather than a call. Raises KeyError."""
+def is_connection(method_name: str) -> bool:
+    """Whether an RPC is a connection, open for days, rather than a call: both sides stream, or one service watches
+    another. Raises KeyError."""
     method = find_method(method_name)
-    return bool(method.client_streaming and method.server_streaming)
+    return bool(method.server_streaming and (method.client_streaming or policy_of(method).internal))

@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 from opentelemetry.instrumentation.grpc import aio_server_interceptor
 
-from mesh.interceptors.handler import is_two_way
+from mesh.interceptors.handler import is_connection
 
 
 def tracing_interceptor() -> grpc.aio.ServerInterceptor[Any, Any]:
@@ -21,7 +21,7 @@ def _is_a_span(details: grpc.HandlerCallDetails) -> bool:
     if not details.method.startswith("/aiaas."):
         return False
     try:
-        return not is_two_way(details.method)
+        return not is_connection(details.method)
     except KeyError:
         # Nobody serves it.
         return False

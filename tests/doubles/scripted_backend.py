@@ -53,6 +53,20 @@ def chunk(content: str | None = None, finish_reason: str | None = None, index: i
     return {"id": "c-1", "object": "chat.completion.chunk", "created": 1, "model": "up", "choices": [choice]}
 
 
+def told_chunk(
+    content: str, prompt_tokens: int, completion_tokens: int, finish_reason: str | None = None, index: int = 0
+) -> dict[str, Any]:
+    """One chat.completion.chunk that tells usage beside its choice, as vLLM does where it is asked to."""
+    told = {"usage": vllm_usage(prompt_tokens, completion_tokens)}
+    return chunk(content, finish_reason, index) | told
+
+
+def vllm_usage(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
+    """A usage object with its fields in vLLM's order."""
+    total_tokens = prompt_tokens + completion_tokens
+    return {"prompt_tokens": prompt_tokens, "total_tokens": total_tokens, "completion_tokens": completion_tokens}
+
+
 def usage_chunk(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
     """The chunk that holds nothing but usage."""
     return chunk() | {"choices": [], "usage": usage(prompt_tokens, completion_tokens)}

@@ -150,6 +150,25 @@ def test_bad_admin_field_is_named(platform: Platform, tenant: Tenant, body: dict
     assert violations[0].removeprefix("api_key.") == field.removeprefix("api_key.")
 
 
+def test_price_is_known_and_a_wrong_one_is_named(platform: Platform) -> None:
+    amounts = {
+        "prompt_micros_per_million": 1,
+        "cached_prompt_micros_per_million": 1,
+        "completion_micros_per_million": 1,
+    }
+    path = f"/admin/v1/models/{MODEL}/prices"
+    with platform.admin as admin:
+        before = admin.get(path).json()["prices"]
+        assert int(before[-1]["prompt_micros_per_million"]) > 0
+        for wrong in (None, -1, 0.5, 10**16, 10**30, "much"):
+            response = admin.post(path, json=amounts | {"completion_micros_per_million": wrong})
+            details = response.json()["error"]["details"]
+            fields = [violation["field"] for detail in details for violation in detail.get("fieldViolations", ())]
+            assert (response.status_code, fields) == (400, ["price.completion_micros_per_million"]), response.text
+        assert admin.post("/admin/v1/models/no-such/prices", json=amounts).status_code == 404
+        assert admin.get(path).json()["prices"] == before
+
+
 def test_admin_errors_have_aip_193s_shape(platform: Platform, tenant: Tenant) -> None:
     with as_tenant(platform, tenant.secret) as client:
         for method, path, status in (

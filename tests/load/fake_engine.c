@@ -4,8 +4,8 @@
 //   fake_engine PORT          (0 takes a free one; the port is printed once it listens)
 //
 // One thread, epoll, keep-alive. A request says how it wants to be answered, in the OpenAI body's own fields so that
-// every gateway passes it on: "stream", "max_tokens" (or "max_completion_tokens"), "stream_options.include_usage", and
-// in its prompt any of these words:
+// every gateway passes it on: "stream", "max_tokens" (or "max_completion_tokens"), "stream_options.include_usage" and
+// "stream_options.continuous_usage_stats", and in its prompt any of these words:
 //   pace_ms=N  milliseconds between tokens; 0 sends all of them at once       (20 when absent)
 //   ttft_ms=N  milliseconds before the first token                            (0 when absent)
 //   step=1     tokens of all such streams come on one common grid of pace_ms, as those of one batch of an engine do
@@ -54,7 +54,7 @@ typedef struct Conn {
     Buffer in, out;
     size_t sent; // how much of `out` has left
     // The stream under way.
-    bool streaming, started, usage, step;
+    bool streaming, started, usage, interim_usage, step;
     long tokens, left;
     uint64_t pace, due;
     // Its place in the agenda, and in the list of what is closed at the end of a turn.
@@ -204,11 +204,15 @@ static void put_event(Conn *conn, const char *data) {
     append(&conn->out, chunk, (size_t)written);
 }
 
-static void put_choice(Conn *conn, const char *delta, const char *finish_reason) {
-    char data[768];
+static void put_choice(Conn *conn, const char *delta, const char *finish_reason, long made) {
+    char data[768], usage[128] = "";
+    if (conn->interim_usage)
+        snprintf(usage, sizeof usage,
+                 ",\"usage\":{\"prompt_tokens\":%d,\"total_tokens\":%ld,\"completion_tokens\":%ld}", PROMPT_TOKENS,
+                 PROMPT_TOKENS + made, made);
     snprintf(data, sizeof data,
-             "{" CHUNK ",\"choices\":[{\"index\":0,\"delta\":{%s},\"logprobs\":null,\"finish_reason\":%s}]}", delta,
-             finish_reason);
+             "{" CHUNK ",\"choices\":[{\"index\":0,\"delta\":{%s},\"logprobs\":null,\"finish_reason\":%s}]%s}", delta,
+             finish_reason, usage);
     put_event(conn, data);
 }
 
@@ -216,12 +220,13 @@ static void put_token(Conn *conn) {
     char text[64];
     if (!conn->started) {
         conn->started = true;
-        put_choice(conn, "\"role\":\"assistant\",\"content\":\"\"", "null");
+        put_choice(conn, "\"role\":\"assistant\",\"content\":\"\"", "null", 0);
     }
     snprintf(text, sizeof text, "\"content\":\"T%016" PRIu64 " \"", now_ns());
-    put_choice(conn, text, "null");
-    if (--conn->left > 0) return;
-    put_choice(conn, "\"content\":\"\"", "\"stop\"");
+    conn->left--;
+    put_choice(conn, text, "null", conn->tokens - conn->left);
+    if (conn->left > 0) return;
+    put_choice(conn, "\"content\":\"\"", "\"stop\"", conn->tokens);
     if (conn->usage) {
         char data[512];
         snprintf(data, sizeof data,
@@ -289,6 +294,7 @@ static void start_stream(Conn *conn, const char *body, long tokens) {
     conn->started = false;
     conn->tokens = conn->left = tokens;
     conn->usage = is_true(body, "\"include_usage\"");
+    conn->interim_usage = conn->usage && is_true(body, "\"continuous_usage_stats\"");
     conn->step = number_after(body, "step=", 0) != 0;
     conn->pace = (uint64_t)number_after(body, "pace_ms=", DEFAULT_PACE_MS) * NS_PER_MS;
     conn->due = on_grid(conn, now_ns() + (uint64_t)number_after(body, "ttft_ms=", 0) * NS_PER_MS);

@@ -41,6 +41,12 @@ LIMITS = {
     "limit_tokens_per_minute": 100_000_000_000,
     "limit_concurrent_requests": 1_000_000,
 }
+# Micro-dollars per million tokens.
+PRICE = {
+    "prompt_micros_per_million": 150_000,
+    "cached_prompt_micros_per_million": 75_000,
+    "completion_micros_per_million": 600_000,
+}
 # What works off what requests leave behind: it yields to load and engine, with which it shares a core.
 BACKGROUND = ("analytics", "postgres")
 BACKGROUND_NICENESS = 19
@@ -116,7 +122,7 @@ async def serve(
     """Prepares the stack, says so and waits."""
     headers = {"Authorization": f"Bearer {stack.platform_key}"}
     async with aiohttp.ClientSession(stack.base_url, headers=headers) as session:
-        await register(session, engine_port)
+        await register(session, engine_port, root)
         tenant = await make_tenant(session)
     gateway_port = await start_gateway(stack, state, settings, root)
     for name in BACKGROUND:
@@ -136,7 +142,7 @@ async def serve(
     print(json.dumps({"spans": sink.spans}), flush=True)
 
 
-async def register(session: aiohttp.ClientSession, engine_port: int) -> None:
+async def register(session: aiohttp.ClientSession, engine_port: int, root: Path) -> None:
     """Makes the fake engine a backend, and waits until the router finds it healthy."""
     await call(
         session,
@@ -144,6 +150,9 @@ async def register(session: aiohttp.ClientSession, engine_port: int) -> None:
         f"/admin/v1/models/{MODEL}?allow_missing=true",
         {"owner": "load", "context_tokens": 8192, "endpoints": ["ENDPOINT_CHAT_COMPLETIONS"]},
     )
+    # An older checkout, to compare with, may know no prices.
+    if (root / "router" / "price_service.py").exists():
+        await call(session, "POST", f"/admin/v1/models/{MODEL}/prices", PRICE)
     await call(
         session,
         "PATCH",

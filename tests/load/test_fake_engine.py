@@ -57,6 +57,13 @@ async def test_usage_comes_only_when_it_is_asked_for(engine: FakeEngine) -> None
     assert not any("usage" in chunk for chunk in chunks)
 
 
+async def test_usage_comes_with_every_token_when_it_is_asked_for(engine: FakeEngine) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = await stream(engine, chat_body(tokens=3, pace_ms=0) | {"stream_options": options})
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [0, 1, 2, 3, 3, 3]
+    assert {chunk["usage"]["total_tokens"] - chunk["usage"]["completion_tokens"] for chunk in chunks} == {12}
+
+
 async def test_each_token_holds_the_time_it_was_made_at(engine: FakeEngine) -> None:
     began = time.monotonic_ns()
     made = clocks(await stream(engine, chat_body(tokens=20, pace_ms=10)))

@@ -13,10 +13,11 @@ import grpc
 import pytest
 
 from aiaas.identity.v1.auth_service_pb2 import AuthenticateResponse
-from aiaas.router.v1 import backend_service_pb2, inference_service_pb2, model_service_pb2
+from aiaas.router.v1 import backend_service_pb2, inference_service_pb2, model_service_pb2, price_service_pb2
 from aiaas.router.v1.backend_service_pb2_grpc import BackendServiceStub
 from aiaas.router.v1.inference_service_pb2_grpc import InferenceServiceStub
 from aiaas.router.v1.model_service_pb2_grpc import ModelServiceStub
+from aiaas.router.v1.price_service_pb2_grpc import PriceServiceStub
 from aiaas.type.v1.usage_event_pb2 import (
     ENDPOINT_CHAT_COMPLETIONS,
     ENDPOINT_COMPLETIONS,
@@ -38,9 +39,15 @@ PERMISSIONS = frozenset(
     f"{resource}.{verb}"
     for resource in ("models", "backends")
     for verb in ("create", "get", "list", "update", "delete")
-) | {"inference.create", "inference.list_models"}
+) | {"inference.create", "inference.list_models", "prices.create", "prices.list"}
 PRINCIPAL = Principal(
     "api_key", "key_1", "org_1", api_key_id="key_1", user_id="user_1", permissions=PERMISSIONS, platform=True
+)
+# A dollar for a million prompt tokens, a half for cached ones, two for completion: a token costs 1, 0.5 and 2 micros.
+PRICE = price_service_pb2.Price(
+    prompt_micros_per_million=1_000_000,
+    cached_prompt_micros_per_million=500_000,
+    completion_micros_per_million=2_000_000,
 )
 ALL_ENDPOINTS = (ENDPOINT_CHAT_COMPLETIONS, ENDPOINT_COMPLETIONS, ENDPOINT_EMBEDDINGS, ENDPOINT_RESPONSES)
 
@@ -84,6 +91,7 @@ class Router:
         self.inference = InferenceServiceStub(self.channel)
         self.models = ModelServiceStub(self.channel)
         self.backends = BackendServiceStub(self.channel)
+        self.prices = PriceServiceStub(self.channel)
 
     @property
     def metadata(self) -> list[tuple[str, str]]:
@@ -147,9 +155,12 @@ class Router:
         return answer
 
     async def add_model(self, model_id: str, **values: Any) -> model_service_pb2.Model:
+        """Register a model and its price."""
         model = model_service_pb2.Model(model_id=model_id, endpoints=ALL_ENDPOINTS, **values)
         response = await self.call(self.models.CreateModel, model_service_pb2.CreateModelRequest(model=model))
         created: model_service_pb2.Model = response.model
+        priced = price_service_pb2.CreatePriceRequest(model_id=model_id, price=PRICE)
+        await self.call(self.prices.CreatePrice, priced)
         return created
 
     async def add_backend(self, backend_id: str, base_url: str, *models: str, **values: Any) -> None:
@@ -221,6 +232,7 @@ async def config(postgres_url: str, tmp_path: Path, identity: PeerDouble) -> Rou
         redis_url="redis://127.0.0.1:1/0",
         amqp_url="amqp://guest:guest@127.0.0.1:1/",
         identity_target=identity.address,
+        journal_path=f"{tmp_path}/journal",
         grpc_address=f"unix:{tmp_path}/router.sock",
         ops_address="127.0.0.1:0",
         drain_s=10.0,

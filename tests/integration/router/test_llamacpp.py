@@ -92,6 +92,7 @@ async def test_chat_stream_tells_usage_only_when_asked(served: Router, asked: bo
     assert answer.data.endswith(b"data: [DONE]\n\n")
     assert answer.tail is not None
     assert 0 < answer.tail.usage.completion_tokens <= 8
+    assert not [event for event in events_of(answer.data) if event["choices"] and "timings" in event]
     told = [event["usage"] for event in events_of(answer.data) if event.get("usage")]
     assert [usage["completion_tokens"] for usage in told] == [answer.tail.usage.completion_tokens] * asked
 
@@ -111,6 +112,12 @@ async def test_completions_stream_and_do_not(served: Router, asked: bool) -> Non
     assert "".join(choice["text"] for event in events for choice in event["choices"]) == text
     told = [event["usage"] for event in events if "usage" in event]
     assert [usage["completion_tokens"] for usage in told] == [stream.tail.usage.completion_tokens] * asked
+
+
+async def test_choices_of_a_stream_are_billed_together(served: Router) -> None:
+    answer = await served.answer(CHAT | {"stream": True, "n": 2, "ignore_eos": True})
+    assert answer.tail is not None
+    assert answer.tail.usage.completion_tokens == 16
 
 
 async def test_responses_stream_and_do_not(served: Router) -> None:

@@ -33,7 +33,7 @@ BACKEND = Backend(
 
 @pytest_asyncio.fixture
 async def store(postgres_url: str) -> AsyncIterator[Store]:
-    assert await migrate(postgres_url, "router.migrations") == ["0001_router.sql"]
+    assert await migrate(postgres_url, "router.migrations")
     database = Database(postgres_url)
     yield Store(database)
     await database.close()

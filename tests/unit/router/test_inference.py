@@ -3,17 +3,12 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import replace
-from random import Random
 from typing import Any
 
-import msgspec
 import pytest
-import pytest_asyncio
 
-from aiaas.router.v1.backend_service_pb2 import ENGINE_KIND_VLLM
 from aiaas.type.v1.usage_event_pb2 import (
     ENDPOINT_CHAT_COMPLETIONS,
     ENDPOINT_EMBEDDINGS,
@@ -26,24 +21,14 @@ from aiaas.type.v1.usage_event_pb2 import (
     OUTCOME_TRUNCATED,
     USAGE_SOURCE_COUNTED,
     USAGE_SOURCE_ENGINE,
-    UsageEvent,
 )
-from mesh.auth import Principal
 from mesh.clock import SystemClock
 from mesh.errors import PlatformError, Reason
-from mesh.scripts import Scripts
-from router.backends import Backend, BackendModel, Registry, RegistryContent
-from router.health import HealthProber
-from router.inference import Engine, Head, Inference, InferenceRequest, Tail
-from router.models import Model
-from router.rate_limits import Defaults, RateLimiter
-from router.routing import Routing
-from router.upstream import HttpUpstream, Timeouts
-from tests.doubles.reader import Part, QueueReader
+from router.rate_limits import Defaults
+from router.upstream import Timeouts
 from tests.doubles.scripted_backend import (
     Answer,
     Cut,
-    ScriptedBackend,
     Step,
     chat_document,
     chat_stream,
@@ -53,127 +38,7 @@ from tests.doubles.scripted_backend import (
     usage,
     usage_chunk,
 )
-
-PRINCIPAL = Principal("api_key", "key_1", "org_1", api_key_id="key_1", user_id="user_1")
-MODEL = Model("m", aliases=("alias",), endpoints=(ENDPOINT_CHAT_COMPLETIONS, ENDPOINT_EMBEDDINGS, ENDPOINT_RESPONSES))
-CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
-STREAM = CHAT | {"stream": True}
-EVENTS = "text/event-stream"
-
-
-class StaticStore:
-    """A registry's content without a database."""
-
-    def __init__(self) -> None:
-        self.content = RegistryContent(1, (MODEL,), ())
-
-    async def revision(self) -> int:
-        return self.content.revision
-
-    async def load(self) -> RegistryContent:
-        return self.content
-
-
-class World:
-    """Two scripted engines, and a router's domain in front of them."""
-
-    def __init__(self, upstream: HttpUpstream, engines: tuple[ScriptedBackend, ScriptedBackend]) -> None:
-        self.first, self.second = engines
-        self.events: list[UsageEvent] = []
-        self.store = StaticStore()
-        self.registry = Registry(self.store)
-        self.prober = HealthProber(self.registry, upstream)
-        self.timeouts = Timeouts(connect_s=2, first_byte_s=5, answer_s=5, idle_s=5)
-        self.upstream = upstream
-        self.routing = Routing(Random(1))
-        self.limit(Defaults(1e6, 1_000_000, 1000))
-        self.backends = {
-            name: Backend(name, engine.base_url, ENGINE_KIND_VLLM, models=(BackendModel("m", "up"),))
-            for name, engine in (("first", self.first), ("second", self.second))
-        }
-
-    def record(self, event: UsageEvent) -> None:
-        self.events.append(event)
-
-    def limit(self, limits: Defaults) -> None:
-        """Have a limiter that judges by itself, as its Redis is away."""
-        self.limiter = RateLimiter(Scripts("redis://127.0.0.1:1", SystemClock()), SystemClock(), "router-1", limits)
-
-    async def use(self, *backends: Backend) -> None:
-        """Register exactly these backends, and learn of their health."""
-        self.store.content = RegistryContent(self.store.content.revision + 1, (MODEL,), backends)
-        await self.registry.refresh()
-        await self.prober.probe_all()
-
-    def begin(self, body: dict[str, Any], /, **changes: Any) -> tuple[Inference, AsyncGenerator[Part, None]]:
-        """An inference, and its parts, which run it."""
-        engine = Engine(
-            self.registry,
-            self.routing,
-            self.limiter,
-            self.upstream,
-            self,
-            SystemClock(),
-            self.timeouts,
-            "router-1",
-        )
-        request = InferenceRequest("req_1", ENDPOINT_CHAT_COMPLETIONS, json.dumps(body).encode(), PRINCIPAL)
-        reader = QueueReader()
-        inference = engine.begin(msgspec.structs.replace(request, **changes), reader)
-        return inference, reader.parts(inference)
-
-    def parts(self, body: dict[str, Any], /, **changes: Any) -> AsyncGenerator[Part, None]:
-        return self.begin(body, **changes)[1]
-
-    async def answer(self, body: dict[str, Any], /, **changes: Any) -> tuple[Head, bytes, Tail]:
-        parts = [part async for part in self.parts(body, **changes)]
-        head, *data, tail = parts
-        assert isinstance(head, Head)
-        assert isinstance(tail, Tail)
-        return head, b"".join(part for part in data if isinstance(part, bytes)), tail
-
-    async def refusal(self, body: dict[str, Any], /, **changes: Any) -> PlatformError:
-        """The error that comes before anything else does."""
-        async with aclosing(self.parts(body, **changes)) as parts:
-            with pytest.raises(PlatformError) as caught:
-                await anext(parts)
-        return caught.value
-
-    async def broken(self, body: dict[str, Any], /, **changes: Any) -> tuple[bytes, PlatformError]:
-        """What came of an answer that broke off, and how it did."""
-        received: list[Part] = []
-
-        async def read() -> None:
-            async with aclosing(self.parts(body, **changes)) as parts:
-                async for part in parts:
-                    received.append(part)  # noqa: PERF401 - what came before the error is wanted
-
-        with pytest.raises(PlatformError) as caught:
-            await read()
-        assert isinstance(received[0], Head)
-        return b"".join(part for part in received if isinstance(part, bytes)), caught.value
-
-    def event(self) -> UsageEvent:
-        """The one usage event there must be."""
-        assert len(self.events) == 1
-        assert all(state.in_flight == 0 for _, state in self.registry.probe_targets())
-        return self.events[0]
-
-
-@pytest_asyncio.fixture
-async def world() -> AsyncIterator[World]:
-    credentials = {"AIAAS_ENGINE_KEY": "engine-secret"}
-    async with HttpUpstream(credentials) as upstream, ScriptedBackend() as first, ScriptedBackend() as second:
-        made = World(upstream, (first, second))
-        await made.use(made.backends["first"])
-        yield made
-
-
-async def until(condition: Callable[[], bool], within_s: float = 2.0) -> None:
-    """Returns as soon as `condition` holds."""
-    async with asyncio.timeout(within_s):
-        while not condition():
-            await asyncio.sleep(0.005)
+from tests.unit.router.world import CHAT, EVENTS, PRINCIPAL, STREAM, World, until
 
 
 async def test_document_passes_unchanged_and_is_accounted(world: World) -> None:
@@ -218,7 +83,10 @@ async def test_usage_event_is_stripped_when_the_client_did_not_ask(world: World)
     events = sse(chunk(""), chunk("Hel"), chunk("lo"), chunk(finish_reason="stop"))
     assert data == b"".join(events)
     assert tail.usage.prompt_tokens == 9
-    assert world.first.received[0].body["stream_options"] == {"include_usage": True}
+    assert world.first.received[0].body["stream_options"] == {
+        "include_usage": True,
+        "continuous_usage_stats": True,
+    }
     assert world.event().usage_source == USAGE_SOURCE_ENGINE
 
 

@@ -1,18 +1,26 @@
-"""The queue of usage events and the tasks that empty it."""
+"""The tasks that empty a journal, on a real journal."""
 
 import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from random import Random
 
+import lmdb
 import pytest
 
 from aiaas.type.v1.usage_event_pb2 import UsageEvent, UsageEventBatch
 from mesh.errors import PlatformError, Reason
 from mesh.topology import USAGE
 from router import metrics
+from router.journal import Journal
+from router.journal_queries import Selection
 from router.publisher import UsagePublisher
+from tests.doubles.clock import ManualClock
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 class BrokerDouble:
@@ -50,22 +58,36 @@ class BrokerDouble:
         self.batches.append([event.request_id for event in events])
 
 
-def event(number: int, reason: str = "") -> UsageEvent:
-    return UsageEvent(request_id=f"req_{number:06}", reason=reason)
+def event(number: int, reason: str = "") -> bytes:
+    message = UsageEvent(request_id=f"req_{number:06}", reason=reason)
+    message.admit_time.FromDatetime(NOW + timedelta(milliseconds=number))
+    return message.SerializeToString()
 
 
 def ids(count: int) -> list[str]:
     return [f"req_{number:06}" for number in range(count)]
 
 
+def open_journal(folder: Path) -> Journal:
+    return Journal(folder, 256 << 20, ManualClock(NOW), lambda _: None)
+
+
 @asynccontextmanager
-async def running(publisher: UsagePublisher) -> AsyncIterator[None]:
-    task = asyncio.create_task(publisher.run())
+async def running(journal: Journal, publisher: UsagePublisher) -> AsyncIterator[None]:
+    tasks = [asyncio.create_task(journal.run()), asyncio.create_task(publisher.run())]
     try:
         yield
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@pytest.fixture
+async def journal(tmp_path: Path) -> AsyncIterator[Journal]:
+    journal = open_journal(tmp_path)
+    yield journal
+    await journal.close()
 
 
 async def until_in_flight(broker: BrokerDouble, messages: int) -> None:
@@ -74,127 +96,186 @@ async def until_in_flight(broker: BrokerDouble, messages: int) -> None:
             await asyncio.sleep(0.001)
 
 
-async def test_every_event_is_published_once_and_flushed() -> None:
+async def test_every_event_is_published_once_and_flushed(journal: Journal) -> None:
     broker = BrokerDouble()
-    publisher = UsagePublisher(broker, Random(1))
-    async with running(publisher):
+    publisher = UsagePublisher(broker, journal, Random(1))
+    async with running(journal, publisher):
         for number in range(1800):
-            publisher.record(event(number))
+            journal.record(event(number))
         await publisher.flush(2)
         assert broker.taken == ids(1800)
         assert max(map(len, broker.batches)) == 500
         assert len(broker.batches) == 4
-        publisher.record(event(1800))
+        journal.record(event(1800))
         await publisher.flush(2)
     assert broker.taken == ids(1801)
+    await journal.sync()
+    assert (journal.unpublished_entries, journal.published_entries) == (0, 1801)
 
 
-async def test_event_that_comes_alone_is_published_within_a_tenth_of_a_second() -> None:
+async def test_event_that_comes_alone_is_published_soon(journal: Journal) -> None:
     broker = BrokerDouble()
-    publisher = UsagePublisher(broker, Random(1))
-    async with running(publisher):
+    publisher = UsagePublisher(broker, journal, Random(1))
+    async with running(journal, publisher):
+        await publisher.flush(2)
         for number in range(2):
             began = time.monotonic()
-            publisher.record(event(number))
-            await publisher.flush(2)
-            # Generous for a busy machine; the wait itself is half of a tenth.
-            assert time.monotonic() - began < 0.5
+            journal.record(event(number))
+            while len(broker.batches) <= number:
+                await asyncio.sleep(0.005)
+            # Generous for a busy machine: a tenth of a second for the journal, and one for others to come along.
+            assert time.monotonic() - began < 0.6
     assert broker.batches == [["req_000000"], ["req_000001"]]
 
 
-async def test_events_that_come_shortly_after_each_other_travel_together() -> None:
+async def test_events_that_come_shortly_after_each_other_travel_together(journal: Journal) -> None:
     broker = BrokerDouble()
-    publisher = UsagePublisher(broker, Random(1))
-    async with running(publisher):
+    publisher = UsagePublisher(broker, journal, Random(1))
+    async with running(journal, publisher):
         for number in range(5):
-            publisher.record(event(number))
+            journal.record(event(number))
             await asyncio.sleep(0)
         await publisher.flush(2)
     assert broker.batches == [ids(5)]
 
 
-async def test_message_of_large_events_is_bounded_by_bytes() -> None:
+async def test_message_of_large_events_is_bounded_by_bytes(journal: Journal) -> None:
     broker = BrokerDouble()
-    publisher = UsagePublisher(broker, Random(1))
-    async with running(publisher):
+    publisher = UsagePublisher(broker, journal, Random(1))
+    async with running(journal, publisher):
         for number in range(60):
-            publisher.record(event(number, reason="x" * 10_000))
+            journal.record(event(number, reason="x" * 10_000))
         await publisher.flush(2)
     assert broker.taken == ids(60)
     assert max(map(len, broker.bodies)) < 256 * 1024 + 11_000
 
 
-async def test_several_messages_are_in_flight_but_not_any_number() -> None:
+async def test_several_messages_are_in_flight_but_not_any_number(journal: Journal) -> None:
     broker = BrokerDouble()
     broker.slow = True
-    publisher = UsagePublisher(broker, Random(1))
-    async with running(publisher):
+    publisher = UsagePublisher(broker, journal, Random(1))
+    async with running(journal, publisher):
         for number in range(5000):
-            publisher.record(event(number))
+            journal.record(event(number))
         await until_in_flight(broker, 4)
         broker.slow = False
-        await publisher.flush(2)
+        await publisher.flush(4)
     assert broker.taken == ids(5000)
     assert broker.most_in_flight == 4
 
 
-async def test_events_wait_for_a_broker_that_is_away() -> None:
+async def test_outage_loses_nothing_and_costs_only_so_much_memory(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("router.publisher._FRESH_EVENTS", 3000)
+    monkeypatch.setattr("router.publisher._FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("router.publisher._LONGEST_PAUSE_S", 0.01)
     broker = BrokerDouble()
     broker.away = True
-    publisher = UsagePublisher(broker, Random(1))
-    async with running(publisher):
-        publisher.record(event(0))
-        publisher.record(event(1))
+    publisher = UsagePublisher(broker, journal, Random(1))
+    most = 0
+    async with running(journal, publisher):
+        await asyncio.sleep(0)
+        for number in range(20_000):
+            journal.record(event(number))
+            if number % 500 == 0:
+                await journal.sync()
+                most = max(most, len(publisher._attempts))
+        await journal.sync()
+        assert broker.refused.is_set()
+        assert publisher.failure_reason == "unavailable"
+        assert 2000 < most <= 3000
+        assert journal.unpublished_entries == 20_000
+        broker.away = False
+        await publisher.flush(20)
+    assert broker.taken == ids(20_000)
+    assert publisher.failure_reason == ""
+    assert not publisher._attempts
+    await journal.sync()
+    assert journal.unpublished_entries == 0
+
+
+async def test_what_an_earlier_run_left_is_published_first_then_what_comes(tmp_path: Path) -> None:
+    journal = open_journal(tmp_path)
+    for number in range(5000):
+        journal.record(event(number))
+    await journal.close()
+    journal = open_journal(tmp_path)
+    broker = BrokerDouble()
+    publisher = UsagePublisher(broker, journal, Random(1))
+    async with running(journal, publisher):
+        for number in range(5000, 6000):
+            journal.record(event(number))
+        await publisher.flush(5)
+    assert broker.taken == ids(6000)
+    assert [request_id for batch in broker.batches for request_id in batch][:5000] == ids(5000)
+    await journal.close()
+
+
+async def test_replayed_events_are_published_again(journal: Journal) -> None:
+    broker = BrokerDouble()
+    publisher = UsagePublisher(broker, journal, Random(1))
+    async with running(journal, publisher):
+        for number in range(10):
+            journal.record(event(number))
+        await publisher.flush(2)
+        assert await journal.replay(Selection(request_ids=frozenset({"req_000003", "req_000007"}))) == 2
+        await publisher.flush(2)
+    assert broker.batches == [ids(10), ["req_000003", "req_000007"]]
+
+
+async def test_events_are_tried_again_and_their_tries_are_counted(journal: Journal) -> None:
+    broker = BrokerDouble()
+    broker.away = True
+    publisher = UsagePublisher(broker, journal, Random(1))
+    failures = metrics.USAGE_PUBLISH_FAILURES._value.get()
+    async with running(journal, publisher):
+        journal.record(event(0))
         await asyncio.wait_for(broker.refused.wait(), 2)
         broker.away = False
         await publisher.flush(2)
-    assert broker.taken == ids(2)
+    assert broker.taken == ids(1)
+    tries = 1 + metrics.USAGE_PUBLISH_FAILURES._value.get() - failures
+    await journal.sync()
+    (stored,) = journal.store.read_ended(b"", b"\xff" * 17, 10)
+    assert stored.attempts == tries > 1
 
 
-async def test_flush_waits_for_what_is_in_flight_and_gives_up_in_time(caplog: pytest.LogCaptureFixture) -> None:
+async def test_flush_gives_up_in_time_and_the_journal_keeps_the_rest(
+    journal: Journal, caplog: pytest.LogCaptureFixture
+) -> None:
     broker = BrokerDouble()
     broker.slow = True
-    publisher = UsagePublisher(broker, Random(1))
-    async with running(publisher):
-        publisher.record(event(0))
+    publisher = UsagePublisher(broker, journal, Random(1))
+    async with running(journal, publisher):
+        journal.record(event(0))
         await until_in_flight(broker, 1)
-        publisher.record(event(1))
         began = time.monotonic()
         await publisher.flush(0.05)
         assert time.monotonic() - began < 1
-        assert [record.message for record in caplog.records] == ["2 usage events could not be published before the end"]
-        broker.slow = False
-        await publisher.flush(2)
-        assert broker.taken == ids(2)
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+    await journal.sync()
+    assert journal.unpublished_entries == 1
 
 
-def waiting_events() -> float:
-    (metric,) = metrics.USAGE_QUEUE.collect()
-    return metric.samples[0].value
+async def test_journal_that_cannot_be_read_for_a_while_is_read_later(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("router.publisher._LONGEST_PAUSE_S", 0.01)
+    failed = asyncio.Event()
 
+    def cannot_read(*_: object) -> None:
+        failed.set()
+        raise lmdb.Error("bad page")
 
-async def test_full_queue_drops_and_says_so_once_until_there_is_room(caplog: pytest.LogCaptureFixture) -> None:
     broker = BrokerDouble()
-    broker.away = True
-    publisher = UsagePublisher(broker, Random(1), limit_events=2)
-    dropped = metrics.USAGE_DROPPED._value.get()
-    for number in range(4):
-        publisher.record(event(number))
-    assert metrics.USAGE_DROPPED._value.get() == dropped + 2
-    assert waiting_events() == 2
-    assert [record.levelname for record in caplog.records] == ["ERROR"]
-    async with running(publisher):
-        # What is in flight takes room too.
-        await asyncio.wait_for(broker.refused.wait(), 2)
-        publisher.record(event(4))
-        assert metrics.USAGE_DROPPED._value.get() == dropped + 3
-        broker.away = False
-        await publisher.flush(2)
-        assert waiting_events() == 0
-        publisher.record(event(5))
-        publisher.record(event(6))
-        publisher.record(event(7))
-        assert metrics.USAGE_DROPPED._value.get() == dropped + 4
-        await publisher.flush(2)
-    assert broker.taken == ["req_000000", "req_000001", "req_000005", "req_000006"]
-    assert [record.levelname for record in caplog.records].count("ERROR") == 2
+    journal.record(event(0))
+    await journal.sync()
+    publisher = UsagePublisher(broker, journal, Random(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.store, "read_unpublished", cannot_read)
+        async with running(journal, publisher):
+            await asyncio.wait_for(failed.wait(), 2)
+            patch.undo()
+            await publisher.flush(2)
+    assert broker.taken == ids(1)

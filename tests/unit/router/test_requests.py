@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from aiaas.router.v1.backend_service_pb2 import ENGINE_KIND_LLAMACPP, ENGINE_KIND_VLLM
 from aiaas.type.v1.usage_event_pb2 import (
     ENDPOINT_CHAT_COMPLETIONS,
     ENDPOINT_COMPLETIONS,
@@ -25,7 +26,7 @@ def parse_json(endpoint: Endpoint.ValueType, body: Any) -> ParsedRequest:
 
 def sent(endpoint: Endpoint.ValueType, body: Any) -> dict[str, Any]:
     """The body as the engine gets it."""
-    upstream: dict[str, Any] = json.loads(parse_json(endpoint, body).upstream_body("up"))
+    upstream: dict[str, Any] = json.loads(parse_json(endpoint, body).upstream_body("up", ENGINE_KIND_VLLM))
     return upstream
 
 
@@ -64,21 +65,57 @@ def test_null_means_absent() -> None:
 
 
 @pytest.mark.parametrize(
-    "asked", [None, {"include_usage": False}, {"include_usage": None, "include_obfuscation": True}]
+    ("asked", "wanted"),
+    [
+        (None, (False, False)),
+        ({"include_usage": False}, (False, False)),
+        ({"include_usage": None, "include_obfuscation": True}, (False, False)),
+        ({"include_usage": False, "continuous_usage_stats": True}, (False, False)),
+        ({"include_usage": True}, (True, False)),
+        ({"include_usage": True, "continuous_usage_stats": None}, (True, False)),
+        ({"include_usage": True, "continuous_usage_stats": True}, (True, True)),
+    ],
 )
-def test_engine_is_asked_for_usage_though_the_client_was_not_interested(asked: dict[str, Any] | None) -> None:
-    body = CHAT | {"stream": True} | ({} if asked is None else {"stream_options": asked})
-    parsed = parse_json(ENDPOINT_CHAT_COMPLETIONS, body)
+@pytest.mark.parametrize(
+    ("endpoint", "body"), [(ENDPOINT_CHAT_COMPLETIONS, CHAT), (ENDPOINT_COMPLETIONS, {"model": "m", "prompt": "x"})]
+)
+def test_engine_tells_usage_all_along_whatever_the_client_wants(
+    endpoint: Endpoint.ValueType, body: dict[str, Any], asked: dict[str, Any] | None, wanted: tuple[bool, bool]
+) -> None:
+    parsed = parse_json(endpoint, body | {"stream": True} | ({} if asked is None else {"stream_options": asked}))
     assert parsed.stream
-    assert not parsed.wants_usage
-    assert json.loads(parsed.upstream_body("m"))["stream_options"] == {"include_usage": True}
+    assert (parsed.wants_usage, parsed.wants_interim_usage) == wanted
+    told = {"include_usage": True, "continuous_usage_stats": True}
+    expected = body | {"stream": True}
+    # An attempt may go to llama.cpp, which tells timings, and the next one to vLLM.
+    bodies = [json.loads(parsed.upstream_body("m", engine)) for engine in (ENGINE_KIND_LLAMACPP, ENGINE_KIND_VLLM)]
+    assert bodies == [
+        expected | {"stream_options": {"include_usage": True}, "timings_per_token": True},
+        expected | {"stream_options": told},
+    ]
+    assert parsed.strips_interim_usage(ENGINE_KIND_VLLM) == (not wanted[1])
+    assert not parsed.strips_interim_usage(ENGINE_KIND_LLAMACPP)
 
 
-def test_usage_that_the_client_asked_for_is_kept() -> None:
-    options = {"include_usage": True, "continuous_usage_stats": True}
-    parsed = parse_json(ENDPOINT_COMPLETIONS, {"model": "m", "prompt": "x", "stream": True, "stream_options": options})
-    assert parsed.wants_usage
-    assert json.loads(parsed.upstream_body("m"))["stream_options"] == options
+@pytest.mark.parametrize("engine", [ENGINE_KIND_LLAMACPP, ENGINE_KIND_VLLM])
+def test_engine_is_not_asked_for_usage_where_it_tells_it_anyway(engine: int) -> None:
+    response = {"model": "m", "input": "x", "stream": True}
+    for endpoint, body in [(ENDPOINT_CHAT_COMPLETIONS, CHAT), (ENDPOINT_RESPONSES, response)]:
+        told = json.loads(parse_json(endpoint, body).upstream_body("m", engine))
+        assert not {"stream_options", "timings_per_token"} & set(told)
+
+
+def test_no_client_asks_for_an_engines_timings() -> None:
+    error = refusal(ENDPOINT_CHAT_COMPLETIONS, json.dumps(CHAT | {"stream": True, "timings_per_token": True}).encode())
+    assert (error.reason, error.field) == (Reason.UNKNOWN_FIELD, "timings_per_token")
+
+
+def test_answers_of_a_prompt_are_counted() -> None:
+    assert parse_json(ENDPOINT_CHAT_COMPLETIONS, CHAT).prompt_choices == 1
+    assert parse_json(ENDPOINT_CHAT_COMPLETIONS, CHAT | {"n": 3}).prompt_choices == 3
+    batch = {"model": "m", "prompt": ["x", "y"], "n": 2}
+    assert parse_json(ENDPOINT_COMPLETIONS, batch).prompt_choices == 2
+    assert parse_json(ENDPOINT_RESPONSES, {"model": "m", "input": "x"}).prompt_choices == 1
 
 
 def test_stream_options_without_a_stream_are_refused() -> None:

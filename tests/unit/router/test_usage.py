@@ -13,11 +13,21 @@ from aiaas.type.v1.usage_event_pb2 import (
     OUTCOME_SUCCEEDED,
     USAGE_SOURCE_ENGINE,
     Attempt,
+    Outcome,
     TokenUsage,
     UsageEvent,
 )
 from mesh.auth import Principal
-from router.usage import AttemptRecord, UsageRecord, build_event, read_response_usage, read_usage
+from router.usage import (
+    AttemptRecord,
+    UsageRecord,
+    clamp_usage,
+    close_event,
+    open_event,
+    read_response_usage,
+    read_timings,
+    read_usage,
+)
 
 PRINCIPAL = Principal("api_key", "key_1", "org_1", api_key_id="key_1", user_id="user_1", service_account_id="sa_1")
 # Microseconds that no float of seconds holds exactly, and a second that the request crosses.
@@ -48,8 +58,7 @@ def both(prompt: int, cached: int | None, completion: int, reasoning: int | None
         ((9, 4, 5, 2), (9, 4, 5, 2)),
         ((9, None, 5, None), (9, 0, 5, 0)),
         ((9, 10, 5, 6), (9, 9, 5, 5)),
-        ((9, -1, 5, -1), (9, 0, 5, 0)),
-        ((-1, 4, -(10**30), 2), (0, 0, 0, 0)),
+        ((9, -1, 5, -(10**9)), (9, 0, 5, 0)),
     ],
 )
 def test_counts_are_held_to_what_a_usage_event_may_say(
@@ -59,12 +68,62 @@ def test_counts_are_held_to_what_a_usage_event_may_say(
     assert both(*told) == (TokenUsage(**dict(zip(names, read, strict=True))),) * 2
 
 
-def test_count_beyond_any_request_is_garbage() -> None:
-    assert both(10**10, 0, 1, 0) == both(1, 10**10, 1, 0) == (None, None)
+@pytest.mark.parametrize(
+    "told", [(10**10, 0, 1, 0), (1, 10**10, 1, 0), (1, 0, 10**30, 0), (-1, 0, 1, 0), (1, 0, -(10**30), 0)]
+)
+def test_count_that_no_request_has_is_garbage(told: tuple[int, int, int, int]) -> None:
+    assert both(*told) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"null", b"[]", b'"x"', b"{}", b'{"prompt_tokens":1.5}', b'{"prompt_tokens":true}']
+)
+def test_what_counts_nothing_is_no_usage(garbage: bytes) -> None:
+    assert (read_usage(garbage), read_response_usage(garbage), read_timings(garbage)) == (None, None, None)
+
+
+def test_llamacpps_timings_count_the_whole_prompt() -> None:
+    told = b'{"cache_n":32,"prompt_n":1,"prompt_ms":16.1,"predicted_n":4,"predicted_ms":386.5}'
+    assert read_timings(told) == TokenUsage(prompt_tokens=33, cached_prompt_tokens=32, completion_tokens=4)
+    assert read_timings(told.replace(b":32", b":-32")) is None
+
+
+@pytest.mark.parametrize(
+    ("told", "counted", "billed"),
+    [
+        ((9, 4, 5, 2), 5, (9, 4, 5, 2)),
+        ((10, 4, 20, 2), 0, (10, 4, 20, 2)),
+        # An engine that tells less than was seen of it, and one that tells more than it was let use.
+        ((9, 4, 5, 2), 7, (9, 4, 7, 2)),
+        ((0, 0, 0, 0), 3, (0, 0, 3, 0)),
+        ((1000, 999, 5, 5), 5, (10, 10, 5, 5)),
+        ((9, 4, 10**9, 30), 5, (9, 4, 20, 20)),
+        ((9, 4, 5, 2), 30, (9, 4, 20, 2)),
+        # No engine's word reads like this; a mistake of ours might.
+        ((-9, -4, -5, -2), 1, (0, 0, 1, 0)),
+    ],
+)
+def test_usage_is_held_between_what_was_counted_and_the_ceiling(
+    told: tuple[int, int, int, int], counted: int, billed: tuple[int, int, int, int]
+) -> None:
+    def usage(counts: tuple[int, int, int, int]) -> TokenUsage:
+        names = ("prompt_tokens", "cached_prompt_tokens", "completion_tokens", "reasoning_tokens")
+        return TokenUsage(**dict(zip(names, counts, strict=True)))
+
+    clamped = clamp_usage(usage(told), 10, 20, counted_tokens=counted)
+    assert clamped == (usage(billed), told != billed)
 
 
 def record(**fields: Any) -> UsageRecord:
     return UsageRecord("req_1", ENDPOINT_CHAT_COMPLETIONS, PRINCIPAL, ADMITTED, admitted=1000.0, **fields)
+
+
+def build_event(
+    record: UsageRecord, outcome: Outcome.ValueType, reason: str, ended: float, router_id: str
+) -> UsageEvent:
+    event = open_event(record, router_id)
+    close_event(event, record, outcome, reason, ended)
+    return event
 
 
 def test_event_tells_all_of_a_request() -> None:

@@ -402,7 +402,7 @@ class BudgetOverride(_message.Message):
     budget_id: _builtins.str
     """The budget. Output only."""
     amount: _builtins.int
-    """By how much the limit is raised, more than 0, in the budget's unit."""
+    """By how much the limit is raised, in the budget's unit: more than 0, and at most the budget's own limit."""
     reason: _builtins.str
     """Why, 1 to 1000 characters."""
     state: Global___BudgetOverrideState.ValueType
@@ -1736,7 +1736,7 @@ Global___ResolveBudgetsResponse: _TypeAlias = ResolveBudgetsResponse  # noqa: Y0
 
 @_typing.final
 class WatchBudgetsRequest(_message.Message):
-    """Asks for changes."""
+    """Asks for changes. The first answer names no organization: it says that changes are told from its revision on."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -196,7 +196,7 @@ class BudgetServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListBudgetPeriods(self, request, context):
-        """Lists a budget's periods, newest first.
+        """Lists the periods in which a budget was used or its limit changed, newest first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -245,7 +245,7 @@ class BudgetServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RevokeBudgetOverride(self, request, context):
-        """Ends an override before its time, but for what is spent and leased already.
+        """Ends an override before its time, but for what is spent and leased already, or takes back one that is pending.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

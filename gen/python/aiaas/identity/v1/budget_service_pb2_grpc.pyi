@@ -33,7 +33,7 @@ class BudgetServiceStub:
     DeleteBudget: _aio.UnaryUnaryMultiCallable[_budget_service_pb2.DeleteBudgetRequest, _budget_service_pb2.DeleteBudgetResponse]
     """Removes a budget. Running requests end as admitted; its ledger stays."""
     ListBudgetPeriods: _aio.UnaryUnaryMultiCallable[_budget_service_pb2.ListBudgetPeriodsRequest, _budget_service_pb2.ListBudgetPeriodsResponse]
-    """Lists a budget's periods, newest first."""
+    """Lists the periods in which a budget was used or its limit changed, newest first."""
     ListBudgetAlerts: _aio.UnaryUnaryMultiCallable[_budget_service_pb2.ListBudgetAlertsRequest, _budget_service_pb2.ListBudgetAlertsResponse]
     """Lists the thresholds that were passed, newest first. Each is passed once in a period."""
     CreateBudgetOverride: _aio.UnaryUnaryMultiCallable[_budget_service_pb2.CreateBudgetOverrideRequest, _budget_service_pb2.CreateBudgetOverrideResponse]
@@ -47,7 +47,7 @@ class BudgetServiceStub:
     RejectBudgetOverride: _aio.UnaryUnaryMultiCallable[_budget_service_pb2.RejectBudgetOverrideRequest, _budget_service_pb2.RejectBudgetOverrideResponse]
     """Refuses a pending override."""
     RevokeBudgetOverride: _aio.UnaryUnaryMultiCallable[_budget_service_pb2.RevokeBudgetOverrideRequest, _budget_service_pb2.RevokeBudgetOverrideResponse]
-    """Ends an override before its time, but for what is spent and leased already."""
+    """Ends an override before its time, but for what is spent and leased already, or takes back one that is pending."""
     ListBudgetLeases: _aio.UnaryUnaryMultiCallable[_budget_service_pb2.ListBudgetLeasesRequest, _budget_service_pb2.ListBudgetLeasesResponse]
     """Lists the leases of a budget, oldest first."""
     SettleBudgetLease: _aio.UnaryUnaryMultiCallable[_budget_service_pb2.SettleBudgetLeaseRequest, _budget_service_pb2.SettleBudgetLeaseResponse]
@@ -131,7 +131,7 @@ class BudgetServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _budget_service_pb2.ListBudgetPeriodsRequest,
         context: _aio.ServicerContext[_budget_service_pb2.ListBudgetPeriodsRequest, _abc.Awaitable[_budget_service_pb2.ListBudgetPeriodsResponse]],
     ) -> _abc.Awaitable[_budget_service_pb2.ListBudgetPeriodsResponse]:
-        """Lists a budget's periods, newest first."""
+        """Lists the periods in which a budget was used or its limit changed, newest first."""
 
     @_abc_1.abstractmethod
     def ListBudgetAlerts(
@@ -187,7 +187,7 @@ class BudgetServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _budget_service_pb2.RevokeBudgetOverrideRequest,
         context: _aio.ServicerContext[_budget_service_pb2.RevokeBudgetOverrideRequest, _abc.Awaitable[_budget_service_pb2.RevokeBudgetOverrideResponse]],
     ) -> _abc.Awaitable[_budget_service_pb2.RevokeBudgetOverrideResponse]:
-        """Ends an override before its time, but for what is spent and leased already."""
+        """Ends an override before its time, but for what is spent and leased already, or takes back one that is pending."""
 
     @_abc_1.abstractmethod
     def ListBudgetLeases(

@@ -26,7 +26,7 @@ from aiaas.type.v1 import options_pb2 as aiaas_dot_type_dot_v1_dot_options__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$aiaas/router/v1/router_service.proto\x12\x0f\x61iaas.router.v1\x1a\x1b\x61iaas/type/v1/options.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x88\x02\n\x06Router\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x1a\n\x12router_instance_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\x12\x1a\n\x12requests_in_flight\x18\x06 \x01(\x03\x12\x1b\n\x13unpublished_entries\x18\x07 \x01(\x03\x12.\n\nstart_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0eheartbeat_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xdf\x01\n\x0c\x45ngineTokens\x12\x12\n\nbackend_id\x18\x01 \x01(\t\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rprompt_tokens\x18\x04 \x01(\x03\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x05 \x01(\x03\x12\x19\n\x11\x63ompletion_tokens\x18\x06 \x01(\x03\x12\r\n\x05reset\x18\x07 \x01(\x08\"\x14\n\x12ListRoutersRequest\"?\n\x13ListRoutersResponse\x12(\n\x07routers\x18\x01 \x03(\x0b\x32\x17.aiaas.router.v1.Router\"\xb3\x01\n\x18QueryEngineTokensRequest\x12\x12\n\nbackend_id\x18\x01 \x01(\t\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x12\n\npage_token\x18\x05 \x01(\t\"d\n\x19QueryEngineTokensResponse\x12.\n\x07windows\x18\x01 \x03(\x0b\x32\x1d.aiaas.router.v1.EngineTokens\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\x92\x02\n\rRouterService\x12\x89\x01\n\x0bListRouters\x12#.aiaas.router.v1.ListRoutersRequest\x1a$.aiaas.router.v1.ListRoutersResponse\"/\x90\x02\x01\xaa\xd4\x18(\n\x0crouters.list*\x18\n\x03GET\x12\x11/admin/v1/routers\x12u\n\x11QueryEngineTokens\x12).aiaas.router.v1.QueryEngineTokensRequest\x1a*.aiaas.router.v1.QueryEngineTokensResponse\"\t\x90\x02\x01\xaa\xd4\x18\x02 \x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$aiaas/router/v1/router_service.proto\x12\x0f\x61iaas.router.v1\x1a\x1b\x61iaas/type/v1/options.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x88\x02\n\x06Router\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x1a\n\x12router_instance_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\x12\x1a\n\x12requests_in_flight\x18\x06 \x01(\x03\x12\x1b\n\x13unpublished_entries\x18\x07 \x01(\x03\x12.\n\nstart_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0eheartbeat_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xdf\x01\n\x0c\x45ngineTokens\x12\x12\n\nbackend_id\x18\x01 \x01(\t\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rprompt_tokens\x18\x04 \x01(\x03\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x05 \x01(\x03\x12\x19\n\x11\x63ompletion_tokens\x18\x06 \x01(\x03\x12\r\n\x05reset\x18\x07 \x01(\x08\"\x14\n\x12ListRoutersRequest\"?\n\x13ListRoutersResponse\x12(\n\x07routers\x18\x01 \x03(\x0b\x32\x17.aiaas.router.v1.Router\"G\n\x15ResolveRoutersRequest\x12.\n\nsince_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"B\n\x16ResolveRoutersResponse\x12(\n\x07routers\x18\x01 \x03(\x0b\x32\x17.aiaas.router.v1.Router\"\xb3\x01\n\x18QueryEngineTokensRequest\x12\x12\n\nbackend_id\x18\x01 \x01(\t\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x12\n\npage_token\x18\x05 \x01(\t\"d\n\x19QueryEngineTokensResponse\x12.\n\x07windows\x18\x01 \x03(\x0b\x32\x1d.aiaas.router.v1.EngineTokens\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\x80\x03\n\rRouterService\x12\x89\x01\n\x0bListRouters\x12#.aiaas.router.v1.ListRoutersRequest\x1a$.aiaas.router.v1.ListRoutersResponse\"/\x90\x02\x01\xaa\xd4\x18(\n\x0crouters.list*\x18\n\x03GET\x12\x11/admin/v1/routers\x12l\n\x0eResolveRouters\x12&.aiaas.router.v1.ResolveRoutersRequest\x1a\'.aiaas.router.v1.ResolveRoutersResponse\"\t\x90\x02\x01\xaa\xd4\x18\x02 \x01\x12u\n\x11QueryEngineTokens\x12).aiaas.router.v1.QueryEngineTokensRequest\x1a*.aiaas.router.v1.QueryEngineTokensResponse\"\t\x90\x02\x01\xaa\xd4\x18\x02 \x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,6 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ROUTERSERVICE'].methods_by_name['ListRouters']._loaded_options = None
   _globals['_ROUTERSERVICE'].methods_by_name['ListRouters']._serialized_options = b'\220\002\001\252\324\030(\n\014routers.list*\030\n\003GET\022\021/admin/v1/routers'
+  _globals['_ROUTERSERVICE'].methods_by_name['ResolveRouters']._loaded_options = None
+  _globals['_ROUTERSERVICE'].methods_by_name['ResolveRouters']._serialized_options = b'\220\002\001\252\324\030\002 \001'
   _globals['_ROUTERSERVICE'].methods_by_name['QueryEngineTokens']._loaded_options = None
   _globals['_ROUTERSERVICE'].methods_by_name['QueryEngineTokens']._serialized_options = b'\220\002\001\252\324\030\002 \001'
   _globals['_ROUTER']._serialized_start=120
@@ -45,10 +47,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTROUTERSREQUEST']._serialized_end=632
   _globals['_LISTROUTERSRESPONSE']._serialized_start=634
   _globals['_LISTROUTERSRESPONSE']._serialized_end=697
-  _globals['_QUERYENGINETOKENSREQUEST']._serialized_start=700
-  _globals['_QUERYENGINETOKENSREQUEST']._serialized_end=879
-  _globals['_QUERYENGINETOKENSRESPONSE']._serialized_start=881
-  _globals['_QUERYENGINETOKENSRESPONSE']._serialized_end=981
-  _globals['_ROUTERSERVICE']._serialized_start=984
-  _globals['_ROUTERSERVICE']._serialized_end=1258
+  _globals['_RESOLVEROUTERSREQUEST']._serialized_start=699
+  _globals['_RESOLVEROUTERSREQUEST']._serialized_end=770
+  _globals['_RESOLVEROUTERSRESPONSE']._serialized_start=772
+  _globals['_RESOLVEROUTERSRESPONSE']._serialized_end=838
+  _globals['_QUERYENGINETOKENSREQUEST']._serialized_start=841
+  _globals['_QUERYENGINETOKENSREQUEST']._serialized_end=1020
+  _globals['_QUERYENGINETOKENSRESPONSE']._serialized_start=1022
+  _globals['_QUERYENGINETOKENSRESPONSE']._serialized_end=1122
+  _globals['_ROUTERSERVICE']._serialized_start=1125
+  _globals['_ROUTERSERVICE']._serialized_end=1509
 # @@protoc_insertion_point(module_scope)

@@ -95,7 +95,7 @@ class EngineTokens(_message.Message):
     prompt_tokens: _builtins.int
     """By vllm:prompt_tokens_total or its like, cached ones included."""
     cached_prompt_tokens: _builtins.int
-    """Those that the engine took from its prefix cache."""
+    """Those that the engine took from its prefix cache, where it counts them."""
     completion_tokens: _builtins.int
     """By vllm:generation_tokens_total or its like."""
     reset: _builtins.bool
@@ -169,8 +169,56 @@ class ListRoutersResponse(_message.Message):
 Global___ListRoutersResponse: _TypeAlias = ListRoutersResponse  # noqa: Y015
 
 @_typing.final
+class ResolveRoutersRequest(_message.Message):
+    """Asks for replicas."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SINCE_TIME_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def since_time(self) -> _timestamp_pb2.Timestamp:
+        """Those that were alive then or later; absent means those that are alive now."""
+
+    def __init__(
+        self,
+        *,
+        since_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["since_time", b"since_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["since_time", b"since_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResolveRoutersRequest: _TypeAlias = ResolveRoutersRequest  # noqa: Y015
+
+@_typing.final
+class ResolveRoutersResponse(_message.Message):
+    """The replicas."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUTERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def routers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Router]:
+        """In the order of their ids."""
+
+    def __init__(
+        self,
+        *,
+        routers: _abc.Iterable[Global___Router] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["routers", b"routers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResolveRoutersResponse: _TypeAlias = ResolveRoutersResponse  # noqa: Y015
+
+@_typing.final
 class QueryEngineTokensRequest(_message.Message):
-    """Asks for counter movements."""
+    """Asks for counter movements. A window belongs where it begins."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

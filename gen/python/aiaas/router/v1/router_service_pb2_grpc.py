@@ -40,6 +40,11 @@ class RouterServiceStub:
                 request_serializer=aiaas_dot_router_dot_v1_dot_router__service__pb2.ListRoutersRequest.SerializeToString,
                 response_deserializer=aiaas_dot_router_dot_v1_dot_router__service__pb2.ListRoutersResponse.FromString,
                 _registered_method=True)
+        self.ResolveRouters = channel.unary_unary(
+                '/aiaas.router.v1.RouterService/ResolveRouters',
+                request_serializer=aiaas_dot_router_dot_v1_dot_router__service__pb2.ResolveRoutersRequest.SerializeToString,
+                response_deserializer=aiaas_dot_router_dot_v1_dot_router__service__pb2.ResolveRoutersResponse.FromString,
+                _registered_method=True)
         self.QueryEngineTokens = channel.unary_unary(
                 '/aiaas.router.v1.RouterService/QueryEngineTokens',
                 request_serializer=aiaas_dot_router_dot_v1_dot_router__service__pb2.QueryEngineTokensRequest.SerializeToString,
@@ -58,9 +63,17 @@ class RouterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ResolveRouters(self, request, context):
+        """Returns the replicas that were alive at some time since a moment, those that are gone included, so that other
+        services can reach each of them and know of whom they cannot.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def QueryEngineTokens(self, request, context):
-        """Returns how far the engines' own token counters moved, a line for each backend and window, as this replica read
-        them. Counter resets are understood.
+        """Returns how far the engines' own token counters moved, a line for each backend and window, whichever replica read
+        them. The windows of a backend follow one another without a gap. Counter resets are understood.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -73,6 +86,11 @@ def add_RouterServiceServicer_to_server(servicer, server):
                     servicer.ListRouters,
                     request_deserializer=aiaas_dot_router_dot_v1_dot_router__service__pb2.ListRoutersRequest.FromString,
                     response_serializer=aiaas_dot_router_dot_v1_dot_router__service__pb2.ListRoutersResponse.SerializeToString,
+            ),
+            'ResolveRouters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResolveRouters,
+                    request_deserializer=aiaas_dot_router_dot_v1_dot_router__service__pb2.ResolveRoutersRequest.FromString,
+                    response_serializer=aiaas_dot_router_dot_v1_dot_router__service__pb2.ResolveRoutersResponse.SerializeToString,
             ),
             'QueryEngineTokens': grpc.unary_unary_rpc_method_handler(
                     servicer.QueryEngineTokens,
@@ -108,6 +126,33 @@ class RouterService:
             '/aiaas.router.v1.RouterService/ListRouters',
             aiaas_dot_router_dot_v1_dot_router__service__pb2.ListRoutersRequest.SerializeToString,
             aiaas_dot_router_dot_v1_dot_router__service__pb2.ListRoutersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResolveRouters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/aiaas.router.v1.RouterService/ResolveRouters',
+            aiaas_dot_router_dot_v1_dot_router__service__pb2.ResolveRoutersRequest.SerializeToString,
+            aiaas_dot_router_dot_v1_dot_router__service__pb2.ResolveRoutersResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -18,9 +18,13 @@ class RouterServiceStub:
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListRouters: _aio.UnaryUnaryMultiCallable[_router_service_pb2.ListRoutersRequest, _router_service_pb2.ListRoutersResponse]
     """Lists the replicas that are alive, in the order of their ids."""
+    ResolveRouters: _aio.UnaryUnaryMultiCallable[_router_service_pb2.ResolveRoutersRequest, _router_service_pb2.ResolveRoutersResponse]
+    """Returns the replicas that were alive at some time since a moment, those that are gone included, so that other
+    services can reach each of them and know of whom they cannot.
+    """
     QueryEngineTokens: _aio.UnaryUnaryMultiCallable[_router_service_pb2.QueryEngineTokensRequest, _router_service_pb2.QueryEngineTokensResponse]
-    """Returns how far the engines' own token counters moved, a line for each backend and window, as this replica read
-    them. Counter resets are understood.
+    """Returns how far the engines' own token counters moved, a line for each backend and window, whichever replica read
+    them. The windows of a backend follow one another without a gap. Counter resets are understood.
     """
 
 class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -35,13 +39,23 @@ class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
         """Lists the replicas that are alive, in the order of their ids."""
 
     @_abc_1.abstractmethod
+    def ResolveRouters(
+        self,
+        request: _router_service_pb2.ResolveRoutersRequest,
+        context: _aio.ServicerContext[_router_service_pb2.ResolveRoutersRequest, _abc.Awaitable[_router_service_pb2.ResolveRoutersResponse]],
+    ) -> _abc.Awaitable[_router_service_pb2.ResolveRoutersResponse]:
+        """Returns the replicas that were alive at some time since a moment, those that are gone included, so that other
+        services can reach each of them and know of whom they cannot.
+        """
+
+    @_abc_1.abstractmethod
     def QueryEngineTokens(
         self,
         request: _router_service_pb2.QueryEngineTokensRequest,
         context: _aio.ServicerContext[_router_service_pb2.QueryEngineTokensRequest, _abc.Awaitable[_router_service_pb2.QueryEngineTokensResponse]],
     ) -> _abc.Awaitable[_router_service_pb2.QueryEngineTokensResponse]:
-        """Returns how far the engines' own token counters moved, a line for each backend and window, as this replica read
-        them. Counter resets are understood.
+        """Returns how far the engines' own token counters moved, a line for each backend and window, whichever replica read
+        them. The windows of a backend follow one another without a gap. Counter resets are understood.
         """
 
 def add_RouterServiceServicer_to_server(servicer: RouterServiceServicer, server: _aio.Server) -> None: ...

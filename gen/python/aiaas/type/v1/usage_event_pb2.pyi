@@ -144,6 +144,34 @@ OUTCOME_ABORTED: Outcome.ValueType  # 7
 """The router died while it was running; billed to its last checkpoint."""
 Global___Outcome: _TypeAlias = Outcome  # noqa: Y015
 
+class _ChargeUnit:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ChargeUnitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ChargeUnit.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CHARGE_UNIT_UNSPECIFIED: _ChargeUnit.ValueType  # 0
+    """Never sent."""
+    CHARGE_UNIT_COST: _ChargeUnit.ValueType  # 1
+    """Micro-dollars."""
+    CHARGE_UNIT_TOKENS: _ChargeUnit.ValueType  # 2
+    """Prompt and completion tokens."""
+    CHARGE_UNIT_REQUESTS: _ChargeUnit.ValueType  # 3
+    """Requests."""
+
+class ChargeUnit(_ChargeUnit, metaclass=_ChargeUnitEnumTypeWrapper):
+    """What a budget counts; the numbers are those of aiaas.identity.v1.BudgetUnit."""
+
+CHARGE_UNIT_UNSPECIFIED: ChargeUnit.ValueType  # 0
+"""Never sent."""
+CHARGE_UNIT_COST: ChargeUnit.ValueType  # 1
+"""Micro-dollars."""
+CHARGE_UNIT_TOKENS: ChargeUnit.ValueType  # 2
+"""Prompt and completion tokens."""
+CHARGE_UNIT_REQUESTS: ChargeUnit.ValueType  # 3
+"""Requests."""
+Global___ChargeUnit: _TypeAlias = ChargeUnit  # noqa: Y015
+
 @_typing.final
 class TokenUsage(_message.Message):
     """Tokens of one request, as they are billed."""
@@ -258,12 +286,18 @@ class BudgetCharge(_message.Message):
     PERIOD_START_FIELD_NUMBER: _builtins.int
     RESERVED_FIELD_NUMBER: _builtins.int
     CHARGED_FIELD_NUMBER: _builtins.int
+    BUDGET_LEASE_ID_FIELD_NUMBER: _builtins.int
+    UNIT_FIELD_NUMBER: _builtins.int
     budget_id: _builtins.str
     """The budget."""
     reserved: _builtins.int
     """What was reserved, in the budget's unit."""
     charged: _builtins.int
     """What was charged in the end, in the budget's unit."""
+    budget_lease_id: _builtins.str
+    """The lease that it was taken from."""
+    unit: Global___ChargeUnit.ValueType
+    """The budget's unit."""
     @_builtins.property
     def period_start(self) -> _timestamp_pb2.Timestamp:
         """Start of the period in which it was charged."""
@@ -275,10 +309,12 @@ class BudgetCharge(_message.Message):
         period_start: _timestamp_pb2.Timestamp | None = ...,
         reserved: _builtins.int = ...,
         charged: _builtins.int = ...,
+        budget_lease_id: _builtins.str = ...,
+        unit: Global___ChargeUnit.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["period_start", b"period_start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_id", b"budget_id", "charged", b"charged", "period_start", b"period_start", "reserved", b"reserved"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_id", b"budget_id", "budget_lease_id", b"budget_lease_id", "charged", b"charged", "period_start", b"period_start", "reserved", b"reserved", "unit", b"unit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -317,6 +353,7 @@ class UsageEvent(_message.Message):
     ROUTER_ID_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_DIGEST_FIELD_NUMBER: _builtins.int
+    USAGE_CLAMPED_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     """Version of this message's meaning; consumers refuse a version they do not know."""
     request_id: _builtins.str
@@ -355,6 +392,8 @@ class UsageEvent(_message.Message):
     """The finish reason of the first choice, for example "stop" or "length"."""
     idempotency_digest: _builtins.str
     """The client's Idempotency-Key, hashed; empty when there was none."""
+    usage_clamped: _builtins.bool
+    """Whether the engine told more tokens than the request could have used; then no more than that is billed."""
     @_builtins.property
     def admit_time(self) -> _timestamp_pb2.Timestamp:
         """When the request was admitted; it decides the hour and the price, whenever the event arrives."""
@@ -407,10 +446,11 @@ class UsageEvent(_message.Message):
         router_id: _builtins.str = ...,
         finish_reason: _builtins.str = ...,
         idempotency_digest: _builtins.str = ...,
+        usage_clamped: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["admit_time", b"admit_time", "end_time", b"end_time", "price", b"price", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admit_time", b"admit_time", "api_key_id", b"api_key_id", "attempts", b"attempts", "backend_id", b"backend_id", "budgets", b"budgets", "cost_micros", b"cost_micros", "duration_micros", b"duration_micros", "end_time", b"end_time", "endpoint", b"endpoint", "finish_reason", b"finish_reason", "idempotency_digest", b"idempotency_digest", "model", b"model", "organization_id", b"organization_id", "outcome", b"outcome", "price", b"price", "reason", b"reason", "request_id", b"request_id", "router_id", b"router_id", "schema_version", b"schema_version", "service_account_id", b"service_account_id", "streamed", b"streamed", "ttft_micros", b"ttft_micros", "usage", b"usage", "usage_source", b"usage_source", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admit_time", b"admit_time", "api_key_id", b"api_key_id", "attempts", b"attempts", "backend_id", b"backend_id", "budgets", b"budgets", "cost_micros", b"cost_micros", "duration_micros", b"duration_micros", "end_time", b"end_time", "endpoint", b"endpoint", "finish_reason", b"finish_reason", "idempotency_digest", b"idempotency_digest", "model", b"model", "organization_id", b"organization_id", "outcome", b"outcome", "price", b"price", "reason", b"reason", "request_id", b"request_id", "router_id", b"router_id", "schema_version", b"schema_version", "service_account_id", b"service_account_id", "streamed", b"streamed", "ttft_micros", b"ttft_micros", "usage", b"usage", "usage_clamped", b"usage_clamped", "usage_source", b"usage_source", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
