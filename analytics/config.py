@@ -18,7 +18,10 @@ class AnalyticsConfig:
     redis_url: str = setting("AIAAS_ANALYTICS_REDIS_URL", "redis://... that revocations are announced on", secret=True)
     amqp_url: str = setting("AIAAS_ANALYTICS_AMQP_URL", "amqp://... that usage events are taken from", secret=True)
     identity_target: str = setting(
-        "AIAAS_ANALYTICS_IDENTITY_TARGET", "gRPC target of identity, which judges credentials"
+        "AIAAS_ANALYTICS_IDENTITY_TARGET", "gRPC target of identity, which judges credentials and keeps the ledger"
+    )
+    router_target: str = setting(
+        "AIAAS_ANALYTICS_ROUTER_TARGET", "gRPC target of any router, which knows all of them and what engines counted"
     )
     grpc_address: str = setting(
         "AIAAS_ANALYTICS_GRPC_ADDRESS", "host:port or unix:path that gRPC listens on", default="127.0.0.1:27005"
@@ -34,6 +37,16 @@ class AnalyticsConfig:
         "AIAAS_ANALYTICS_BATCH_SIZE",
         "events that one transaction takes at most; more need more memory, fewer take longer",
         default=500,
+    )
+    secret_key: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9+/]{43}=$")] = setting(
+        "AIAAS_ANALYTICS_SECRET_KEY",
+        "base64 of 32 random bytes, by which the secrets of webhooks are encrypted; without it they must be rotated",
+        secret=True,
+    )
+    webhook_allow_private: bool = setting(
+        "AIAAS_ANALYTICS_WEBHOOK_ALLOW_PRIVATE",
+        "whether webhooks may lead into private networks, and be http; only where everybody may reach these anyway",
+        default=False,
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = setting(
         "AIAAS_LOG_LEVEL", "least severe log records that are written", default="INFO"

@@ -14,6 +14,37 @@ BATCH_SECONDS = Histogram(
 )
 LAG_SECONDS = Gauge("aiaas_analytics_lag_seconds", "Seconds since usage was last known to be complete; NaN if never.")
 
+PLATFORM_EVENTS = Counter(
+    "aiaas_platform_events_total",
+    "Events for people by what became of them; one that is refused counts at each delivery.",
+    ["result"],
+)
+WEBHOOK_DELIVERIES = Counter(
+    "aiaas_webhook_deliveries_total",
+    "Attempts to send an event to a webhook: succeeded, retried (to be tried again), failed (given up).",
+    ["outcome"],
+)
+WEBHOOK_PENDING = Gauge(
+    "aiaas_webhook_pending", "Deliveries that are not accepted yet, of all processes together; ten seconds old at most."
+)
+
+RECONCILIATION_DIFFERENCES = Gauge(
+    "aiaas_reconciliation_differences",
+    "Lines on which another record (journal, ledger, engines) and analytics differ, in the last hour compared.",
+    ["kind"],
+)
+RECONCILIATION_HOUR = Gauge(
+    "aiaas_reconciliation_hour_timestamp_seconds", "Start of the last hour that was compared.", ["kind"]
+)
+ENGINE_RESIDUAL_TOKENS = Gauge(
+    "aiaas_reconciliation_engine_residual_tokens",
+    "Tokens of the last hour that engines counted and nobody was billed, or the reverse, and that nothing explains.",
+    ["kind"],
+)
+
 INSERTED = EVENTS.labels("inserted")
 DUPLICATE = EVENTS.labels("duplicate")
 REJECTED = EVENTS.labels("rejected")
+EVENTS_KEPT = PLATFORM_EVENTS.labels("kept")
+EVENTS_REPEATED = PLATFORM_EVENTS.labels("repeated")
+EVENTS_REFUSED = PLATFORM_EVENTS.labels("refused")

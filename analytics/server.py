@@ -4,15 +4,38 @@ import asyncio
 import contextlib
 import secrets
 
-from aiaas.analytics.v1 import usage_service_pb2, usage_service_pb2_grpc
-from aiaas.identity.v1 import auth_service_pb2, auth_service_pb2_grpc
+from aiaas.analytics.v1 import (
+    event_service_pb2,
+    event_service_pb2_grpc,
+    reconciliation_service_pb2,
+    reconciliation_service_pb2_grpc,
+    usage_service_pb2,
+    usage_service_pb2_grpc,
+    webhook_service_pb2,
+    webhook_service_pb2_grpc,
+)
+from aiaas.identity.v1 import auth_service_pb2, auth_service_pb2_grpc, budget_service_pb2, budget_service_pb2_grpc
+from aiaas.router.v1 import router_service_pb2, router_service_pb2_grpc
 from analytics import metrics
 from analytics.config import AnalyticsConfig
 from analytics.consumer import Consumer
+from analytics.event_retention import keep_clean
+from analytics.event_service import EventService
+from analytics.event_store import EventStore
 from analytics.freshness import Marks
 from analytics.partitions import keep_partitions
+from analytics.platform_events import EventConsumer
+from analytics.reconciler import Reconciler
+from analytics.reconciliation_service import ReconciliationService
+from analytics.reconciliation_sources import Sources
+from analytics.reconciliation_store import ReconciliationStore
 from analytics.store import UsageStore
 from analytics.usage_service import UsageService
+from analytics.webhook_secrets import Seal
+from analytics.webhook_sender import Poster, Sender
+from analytics.webhook_service import WebhookService
+from analytics.webhook_store import WebhookStore
+from analytics.webhooks import Webhooks
 from mesh.auth import CachedAuthenticator, RemoteAuthenticator
 from mesh.broker import Broker
 from mesh.cache import Cache
@@ -23,7 +46,7 @@ from mesh.interceptors import chain
 from mesh.ops import OpsServer
 from mesh.revocations import listen
 from mesh.server import GrpcServer
-from mesh.topology import USAGE
+from mesh.topology import EVENTS, USAGE
 
 
 async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
@@ -38,10 +61,17 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
         resources.push_async_callback(database.close)
         redis = Cache(config.redis_url, clock)
         resources.push_async_callback(redis.close)
-        broker = Broker(config.amqp_url, USAGE)
+        broker = Broker(config.amqp_url, USAGE, EVENTS)
         resources.push_async_callback(broker.close)
         identity = await resources.enter_async_context(
-            connect(config.identity_target, auth_service_pb2.DESCRIPTOR.services_by_name["AuthService"])
+            connect(
+                config.identity_target,
+                auth_service_pb2.DESCRIPTOR.services_by_name["AuthService"],
+                budget_service_pb2.DESCRIPTOR.services_by_name["BudgetService"],
+            )
+        )
+        router = await resources.enter_async_context(
+            connect(config.router_target, router_service_pb2.DESCRIPTOR.services_by_name["RouterService"])
         )
         authenticator = CachedAuthenticator(
             RemoteAuthenticator(auth_service_pb2_grpc.AuthServiceStub(identity)), clock, secrets.SystemRandom()
@@ -52,7 +82,29 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
         consumer = Consumer(store, broker, USAGE, clock, config.batch_size)
         marks = Marks(broker, USAGE.name, store, clock)
         metrics.LAG_SECONDS.set_function(marks.lag_s)
-        usage_service = UsageService(store, clock)  # type: ignore[abstract]  # ExplainCharge comes later
+        usage_service = UsageService(store, clock)
+
+        reconciliations = ReconciliationStore(database)
+        sources = Sources(
+            router_service_pb2_grpc.RouterServiceStub(router), budget_service_pb2_grpc.BudgetServiceStub(identity)
+        )
+        reconciler = Reconciler(reconciliations, store, sources, broker, clock)
+
+        events, webhook_store = EventStore(database), WebhookStore(database)
+        seal = Seal(config.secret_key)
+        poster = await resources.enter_async_context(Poster(allow_private=config.webhook_allow_private))
+        sender = Sender(webhook_store, poster, seal, clock, secrets.SystemRandom())
+        event_consumer = EventConsumer(events, broker, EVENTS, clock, sender.wake)
+        webhooks = Webhooks(
+            webhook_store,
+            events,
+            seal,
+            clock,
+            allow_private=config.webhook_allow_private,
+            send=sender.send,
+            wake=sender.wake,
+        )
+
         grpc_server = GrpcServer(
             config.grpc_address,
             [
@@ -60,7 +112,22 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
                     usage_service_pb2.DESCRIPTOR.services_by_name["UsageService"],
                     usage_service_pb2_grpc.add_UsageServiceServicer_to_server,
                     usage_service,
-                )
+                ),
+                (
+                    event_service_pb2.DESCRIPTOR.services_by_name["EventService"],
+                    event_service_pb2_grpc.add_EventServiceServicer_to_server,
+                    EventService(events, clock),
+                ),
+                (
+                    webhook_service_pb2.DESCRIPTOR.services_by_name["WebhookService"],
+                    webhook_service_pb2_grpc.add_WebhookServiceServicer_to_server,
+                    WebhookService(webhooks),
+                ),
+                (
+                    reconciliation_service_pb2.DESCRIPTOR.services_by_name["ReconciliationService"],
+                    reconciliation_service_pb2_grpc.add_ReconciliationServiceServicer_to_server,
+                    ReconciliationService(reconciliations, reconciler, clock),
+                ),
             ],
             chain(authenticator, traced=config.otlp_endpoint is not None),
             reflect=config.reflection,
@@ -74,6 +141,10 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
                 tasks.create_task(keep_partitions(store, clock), name="partitions"),
                 tasks.create_task(consumer.run(), name="consumer"),
                 tasks.create_task(marks.run(), name="marks"),
+                tasks.create_task(event_consumer.run(), name="events"),
+                tasks.create_task(sender.run(), name="webhooks"),
+                tasks.create_task(keep_clean(events, webhook_store, clock), name="retention"),
+                tasks.create_task(reconciler.run(), name="reconciler"),
                 tasks.create_task(listen(redis, authenticator), name="revocations"),
             ]
             await ops_server.start()

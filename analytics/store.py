@@ -157,6 +157,16 @@ class UsageStore:
         """  # noqa: S608
         return [Record(*row) for row in await self._database.fetch(sql, *where.parameters)]
 
+    async def find_record(self, organization_id: str, request_id: str) -> bytes | None:
+        """The serialized UsageEvent of a request, the newest of those under this id; None if there is none."""
+        event: bytes | None = await self._database.fetchval(
+            "SELECT event FROM usage_events WHERE request_id = $1 AND organization_id = $2"
+            " ORDER BY admit_time DESC LIMIT 1",
+            request_id,
+            organization_id,
+        )
+        return event
+
     async def complete_until(self) -> datetime | None:
         """Until when events are counted; None while that is unknown."""
         moment: datetime | None = await self._database.fetchval("SELECT complete_until FROM usage_freshness")

@@ -171,6 +171,14 @@ def read_record_query(request: usage_service_pb2.ListUsageRecordsRequest, now: d
     )
 
 
+def check_charge_query(request: usage_service_pb2.ExplainChargeRequest) -> None:
+    """Raises PlatformError(INVALID_ARGUMENT) that names the field if `request` can name no request."""
+    if not request.request_id:
+        raise _invalid("request_id", "is required")
+    _text(request.organization_id, "organization_id")
+    _text(request.request_id, "request_id")
+
+
 def _edges(
     start: datetime, end: datetime, interval: UsageInterval.ValueType, zone: zoneinfo.ZoneInfo
 ) -> Iterator[datetime]:

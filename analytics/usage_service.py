@@ -9,10 +9,20 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from aiaas.analytics.v1 import usage_service_pb2, usage_service_pb2_grpc
 from aiaas.analytics.v1.usage_service_pb2 import UsageDimension, UsageTotals
 from aiaas.type.v1.usage_event_pb2 import Endpoint, Outcome, UsageEvent
+from analytics.charges import explain
 from analytics.freshness import Freshness
 from analytics.store import UsageStore
-from analytics.usage import Bucket, Record, RecordPlace, UsageQuery, read_record_query, read_usage_query
+from analytics.usage import (
+    Bucket,
+    Record,
+    RecordPlace,
+    UsageQuery,
+    check_charge_query,
+    read_record_query,
+    read_usage_query,
+)
 from mesh.clock import Clock
+from mesh.errors import PlatformError, Reason
 from mesh.pages import cut
 
 # Dimensions whose values are numbers of an enum, and the names of these.
@@ -59,6 +69,17 @@ class UsageService(usage_service_pb2_grpc.UsageServiceServicer):
             lambda record: RecordPlace(query.start_time, record.admit_time, record.request_id),
         )
         return usage_service_pb2.ListUsageRecordsResponse(records=messages, freshness=freshness, next_page_token=token)
+
+    async def ExplainCharge(
+        self, request: usage_service_pb2.ExplainChargeRequest, context: object
+    ) -> usage_service_pb2.ExplainChargeResponse:
+        """How one request was charged; of several under one id, which its client chose, the newest."""
+        check_charge_query(request)
+        event = await self._store.find_record(request.organization_id, request.request_id)
+        if event is None:
+            raise PlatformError(Reason.NOT_FOUND)
+        record = UsageEvent.FromString(event)
+        return usage_service_pb2.ExplainChargeResponse(record=record, steps=explain(record))
 
     async def _freshness(self) -> usage_service_pb2.Freshness:
         """Read before the sums, so that it never promises more than they hold."""

@@ -12,14 +12,15 @@ from mesh.config import setting
 class IdentityConfig:
     """What identity is told by its environment."""
 
+    database_url: str = setting(
+        "AIAAS_IDENTITY_DATABASE_URL", "PostgreSQL of identity, postgresql://user@host:port/name", secret=True
+    )
+    amqp_url: str = setting("AIAAS_IDENTITY_AMQP_URL", "amqp://... that events are published to", secret=True)
     grpc_address: str = setting(
         "AIAAS_IDENTITY_GRPC_ADDRESS", "host:port or unix:path of the gRPC server", default="127.0.0.1:27001"
     )
     ops_address: Annotated[str, msgspec.Meta(pattern=r"^[^:]+:\d{1,5}$")] = setting(
         "AIAAS_IDENTITY_OPS_ADDRESS", "host:port of /health, /ready and /metrics", default="127.0.0.1:27011"
-    )
-    database_url: str = setting(
-        "AIAAS_IDENTITY_DATABASE_URL", "PostgreSQL of identity, postgresql://user@host:port/name", secret=True
     )
     redis_url: str = setting(
         "AIAAS_IDENTITY_REDIS_URL",

@@ -1,24 +1,4 @@
-"""What every servicer needs between messages and the domain: times both ways; it never knows a resource."""
+"""Times between messages and the domain, as identity's rooms name it; the code is `mesh.conversions`'."""
 
-from datetime import UTC, datetime
-
-from google.protobuf.timestamp_pb2 import Timestamp
-
-from identity.fields import invalid
-
-
-def to_timestamp(moment: datetime | None) -> Timestamp | None:
-    """A moment as it travels; None stays absent."""
-    if moment is None:
-        return None
-    timestamp = Timestamp()
-    timestamp.FromDatetime(moment)
-    return timestamp
-
-
-def from_timestamp(timestamp: Timestamp, field: str) -> datetime:
-    """A moment that travelled, in UTC. Raises PlatformError(INVALID_ARGUMENT) naming the field if there is no such."""
-    try:
-        return timestamp.ToDatetime(UTC)
-    except (ValueError, OverflowError):
-        raise invalid(field, "is not a time") from None
+from mesh.conversions import from_timestamp as from_timestamp
+from mesh.conversions import to_timestamp as to_timestamp

@@ -7,63 +7,37 @@ that names it. None of them repeats the value: it may be anything.
 import ipaddress
 import math
 import re
-import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 
 from mesh.auth import RateLimits
-from mesh.errors import PlatformError, Reason
+from mesh.fields import check_display_name as check_display_name
+from mesh.fields import check_filter as check_filter
+from mesh.fields import check_id as check_id
+from mesh.fields import check_once as check_once
+from mesh.fields import check_request_id as check_request_id
+from mesh.fields import invalid as invalid
+from mesh.fields import is_id as is_id
 
-_NAME_LENGTH = 200
 _EMAIL_LENGTH = 254
+_REASON_LENGTH = 1000
 _LIST_LENGTH = 200
 _REQUESTS_PER_SECOND = 1_000_000
 _COUNT = 1_000_000_000_000
-_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
-_REQUEST_ID = re.compile(r"[!-~]{1,128}")
+# Of ASCII and Latin-1, all but tab and line feed.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _MODEL = re.compile(r"[a-zA-Z0-9._:/-]{1,128}")
 # The form that browsers hold an address to (HTML, "valid e-mail address"), with a dot in the domain.
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _EMAIL = re.compile(rf"[A-Za-z0-9.!#$%&'*+/=?^_`{{|}}~-]{{1,64}}@{_LABEL}(?:\.{_LABEL})+")
-_UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
 
 
-def invalid(field: str, rule: str) -> PlatformError:
-    """The error for a field that breaks a rule."""
-    return PlatformError(Reason.INVALID_ARGUMENT, field=field, description=f"'{field}' {rule}.")
-
-
-def is_id(value: str) -> bool:
-    """Whether the text has the form of an id."""
-    return _ID.fullmatch(value) is not None
-
-
-def check_id(value: str, field: str) -> str:
-    """An id that must be there; whether something has it is for the store to say."""
-    if not value:
-        raise invalid(field, "is required")
-    return check_filter(value, field)
-
-
-def check_filter(value: str, field: str) -> str:
-    """An id to filter by, or nothing."""
-    if value and not is_id(value):
-        raise invalid(field, "is not an id")
-    return value
-
-
-def check_request_id(value: str) -> None:
-    """A client's own id for a creation, or nothing."""
-    if value and not _REQUEST_ID.fullmatch(value):
-        raise invalid("request_id", "must be at most 128 printable ASCII characters")
-
-
-def check_display_name(value: str, field: str, *, required: bool = True) -> None:
-    """A name for people, 1 to 200 characters without control characters; empty where it is not `required`."""
-    if (required and not value.strip()) or len(value) > _NAME_LENGTH:
-        raise invalid(field, f"must have {1 if required else 0} to {_NAME_LENGTH} characters")
-    if any(unicodedata.category(character) in _UNPRINTABLE for character in value):
-        raise invalid(field, "must not hold control characters or line breaks")
+def check_reason(value: str, field: str, *, required: bool = True) -> None:
+    """Why something is done, in 1 to 1000 characters of text; empty where it is not `required`."""
+    if (required and not value.strip()) or len(value) > _REASON_LENGTH:
+        raise invalid(field, f"must have {1 if required else 0} to {_REASON_LENGTH} characters")
+    if _CONTROL.search(value):
+        raise invalid(field, "must not hold control characters but line breaks and tabs")
 
 
 def check_email(value: str, field: str) -> None:
@@ -105,13 +79,6 @@ def check_expire_time(expire_time: datetime | None, now: datetime, field: str) -
     """A time to come, or never."""
     if expire_time is not None and expire_time <= now:
         raise invalid(field, "must lie in the future")
-
-
-def check_once(values: Iterable[str], field: str) -> None:
-    """Values of which none repeats another."""
-    seen = list(values)
-    if len(seen) != len(set(seen)):
-        raise invalid(field, "repeats a value")
 
 
 def _check_list(values: Sequence[str], field: str) -> None:

@@ -100,7 +100,8 @@ _READS_USAGE = _permissions(
     "organizations.get", "usage.query", "usage.list_records", "spend.*", "exports.get", "exports.list"
 )
 _READS_MONEY = _permissions(
-    "prices.list", "statements.get", "statements.list", "budgets.get", "budgets.list", "budget_alerts.list"
+    *("prices.list", "statements.get", "statements.list", "budgets.get", "budgets.list", "budget_alerts.list"),
+    *("budget_overrides.get", "budget_overrides.list", "budget_leases.list"),
 )
 
 BUILT_IN: Mapping[str, Role] = MappingProxyType(
@@ -122,7 +123,7 @@ BUILT_IN: Mapping[str, Role] = MappingProxyType(
                 _READS_USAGE
                 | _READS_MONEY
                 | _permissions("users.create", "users.get", "users.list", "users.update", "invites.*")
-                | _permissions("service_accounts.*", "api_keys.*", "roles.get", "roles.list")
+                | _permissions("service_accounts.*", "api_keys.*", "roles.get", "roles.list", "budget_overrides.create")
                 | _permissions("inference.*", "usage.explain", "reliability.query"),
             ),
             Role(OWNER, "Owner", TENANT_PERMISSIONS),

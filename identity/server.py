@@ -10,6 +10,8 @@ from aiaas.identity.v1 import (
     api_key_service_pb2_grpc,
     auth_service_pb2,
     auth_service_pb2_grpc,
+    budget_service_pb2,
+    budget_service_pb2_grpc,
     organization_service_pb2,
     organization_service_pb2_grpc,
     role_service_pb2,
@@ -22,8 +24,14 @@ from aiaas.identity.v1 import (
 from identity.api_key_service import ApiKeyService
 from identity.api_keys import ApiKeys
 from identity.auth_service import AuthService
+from identity.budget_changes import BudgetChanges
+from identity.budget_leases import BudgetLeases
+from identity.budget_overrides import BudgetOverrides
+from identity.budget_service import BudgetService
+from identity.budgets import Budgets
 from identity.config import IdentityConfig
 from identity.custom_roles import Roles
+from identity.event_outbox import EventOutbox
 from identity.last_uses import LastUses
 from identity.organization_service import OrganizationService
 from identity.organizations import Organizations
@@ -35,14 +43,18 @@ from identity.service_accounts import ServiceAccounts
 from identity.stores import Store
 from identity.user_service import UserService
 from identity.users import Users
+from mesh.broker import Broker
 from mesh.clock import Clock, SystemClock
 from mesh.database import Database
 from mesh.interceptors import chain
 from mesh.ops import OpsServer
 from mesh.server import AddServicer, GrpcServer
+from mesh.topology import EVENTS
 
 
-def _services(store: Store, principals: Principals, clock: Clock) -> list[tuple[ServiceDescriptor, AddServicer, Any]]:
+def _services(
+    store: Store, principals: Principals, budgets: BudgetService, clock: Clock
+) -> list[tuple[ServiceDescriptor, AddServicer, Any]]:
     api_keys = ApiKeyService(ApiKeys(store, clock), clock)  # type: ignore[abstract]  # RotateApiKey comes later
     return [
         (
@@ -71,6 +83,11 @@ def _services(store: Store, principals: Principals, clock: Clock) -> list[tuple[
             RoleService(Roles(store, clock)),
         ),
         (
+            budget_service_pb2.DESCRIPTOR.services_by_name["BudgetService"],
+            budget_service_pb2_grpc.add_BudgetServiceServicer_to_server,
+            budgets,
+        ),
+        (
             auth_service_pb2.DESCRIPTOR.services_by_name["AuthService"],
             auth_service_pb2_grpc.add_AuthServiceServicer_to_server,
             AuthService(principals),  # type: ignore[abstract]  # WatchRevocations comes later
@@ -82,15 +99,20 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
     """Serve until `stop` is set, then drain. Raises mesh.server.AddressInUseError, OSError for a taken ops port."""
     clock = SystemClock()
     database = Database(config.database_url)
+    broker = Broker(config.amqp_url, EVENTS)
     try:
         async with announcer(config.redis_url, clock) as revocations, asyncio.TaskGroup() as tasks:
             store = Store(database, revocations.announce)
             last_uses = LastUses(store)
             # Its own principals are asked of the domain at each call: nothing here may be older than the database.
             principals = Principals(store, clock, last_uses)
+            overrides = BudgetOverrides(store, clock)
+            changes = BudgetChanges(store)
+            outbox = EventOutbox(store, broker)
+            budgets = BudgetService(Budgets(store, clock), overrides, BudgetLeases(store, clock), changes)
             grpc_server = GrpcServer(
                 config.grpc_address,
-                _services(store, principals, clock),
+                _services(store, principals, budgets, clock),
                 chain(principals, traced=bool(config.otlp_endpoint)),
                 reflect=config.reflection,
                 drain_s=config.drain_s,
@@ -101,11 +123,16 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
             await grpc_server.start()
             try:
                 await ops_server.start()
-                tasks.create_task(last_uses.run(ended))
+                for run in (last_uses.run, overrides.run, changes.run, outbox.run):
+                    tasks.create_task(run(ended))
                 await stop.wait()
             finally:
+                # Watches would last as long as the drain; their routers watch elsewhere from now on.
+                await grpc_server.set_serving(False)
+                await changes.close()
                 await grpc_server.stop()
                 await ops_server.stop()
                 ended.set()
     finally:
+        await broker.close()
         await database.close()

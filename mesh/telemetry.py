@@ -24,6 +24,7 @@ _DEPTH = 8
 _SECRETS = (
     (re.compile(r"aia{1,2}s_[\w-]+"), f"aias_{REDACTED}"),
     (re.compile(r"\bsk-[\w-]{12,}"), REDACTED),
+    (re.compile(r"\bwhsec_[\w+/=-]+"), f"whsec_{REDACTED}"),
     (re.compile(r"\beyJ[\w-]+\.[\w-]+\.[\w-]+"), REDACTED),
     (
         re.compile(r"(?i)\b((?:proxy-)?authorization[\"']*\s*[,:=]\s*b?[\"']*)(?:(\w+)\s+)?[^\s\"',;}]+"),

@@ -16,9 +16,9 @@ import contextlib
 import contextvars
 import logging
 import math
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from aiaas.identity.v1 import budget_service_pb2 as pb
 from mesh.auth import Principal
@@ -47,8 +47,23 @@ _FIRST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 2.0
 _HOUR_S = 3600
 
-FormerCharges = Callable[[Collection[str]], Awaitable[Mapping[str, Mapping[Spender, tuple[int, int]]]]]
-"""What the journal knows of leases, by their ids: units and requests of each spender."""
+
+class Charged(Protocol):
+    """What the journal knows of charges."""
+
+    @property
+    def router_id(self) -> str:
+        """The router whose journal it is."""
+
+    @property
+    def instance_id(self) -> str:
+        """This run of it."""
+
+    def commit(self) -> None:
+        """Make all that was charged so far outlive this process. Raises PlatformError(USAGE_UNRECORDABLE)."""
+
+    async def lease_totals(self, lease_ids: Collection[str]) -> Mapping[str, Mapping[Spender, tuple[int, int]]]:
+        """What was charged to leases, by their ids: units and requests of each spender."""
 
 
 class _Organization:
@@ -120,18 +135,15 @@ class _Ask(NamedTuple):
 class Budgets:
     """All budgets that this router's requests are bound by, as long as `run()` runs.
 
-    `router_id` stays over restarts, as the journal does; `router_instance_id` is new at each start. `former_charges`
-    reads from the journal what was charged to leases of former runs.
+    The journal's ids are the router's: one that stays over restarts, and one of this run.
     """
 
-    def __init__(
-        self, ledger: Ledger, clock: Clock, router_id: str, router_instance_id: str, former_charges: FormerCharges
-    ) -> None:
+    def __init__(self, ledger: Ledger, clock: Clock, journal: Charged) -> None:
         self._ledger = ledger
         self._clock = clock
-        self._router_id = router_id
-        self._router_instance_id = router_instance_id
-        self._former_charges = former_charges
+        self._journal = journal
+        self._router_id = journal.router_id
+        self._router_instance_id = journal.instance_id
         self._organizations: dict[str, _Organization] = {}
         self._leases: dict[str, Lease] = {}
         self._calls: set[asyncio.Task[Any]] = set()
@@ -347,6 +359,13 @@ class Budgets:
 
     async def _renew(self) -> None:
         """Report on every lease, once: extend it, give it back, or settle it."""
+        try:
+            # What the ledger has heard must not be forgotten by a router that is killed in this moment: its next run
+            # could never settle the lease.
+            self._journal.commit()
+        except PlatformError as error:
+            logger.error("leases of budgets are not renewed, as the journal cannot be written: %s", error.reason.value)
+            return
         now = self._clock.monotonic()
         kept: dict[str, int] = {}
         for account in {lease.account for lease in self._leases.values()}:
@@ -451,16 +470,22 @@ class Budgets:
     async def settle_former(self) -> None:
         """Settle expired leases that this run does not know: those of former runs, and one whose giving was answered to
         nobody. Raises PlatformError(UNAVAILABLE)."""
-        lost = [
-            lease.budget_lease_id
+        lost = {
+            lease.budget_lease_id: lease
             for lease in await self._ledger.unsettled(self._router_id)
             if lease.state == pb.BUDGET_LEASE_STATE_EXPIRED and lease.budget_lease_id not in self._leases
-        ]
+        }
         if not lost:
             return
-        charges = await self._former_charges(lost)
-        for lease_id in lost:
-            settlement = to_settlement(lease_id, charges.get(lease_id, {}))
+        charges = await self._journal.lease_totals(lost.keys())
+        for lease_id, lease in lost.items():
+            lines = dict(charges.get(lease_id, {}))
+            known = sum(spent for spent, _ in lines.values())
+            if known < lease.spent:
+                # The machine lost power right after a report. What was reported is charged.
+                nobody = Spender(lease.create_time.seconds // _HOUR_S * _HOUR_S, "", "")
+                lines[nobody] = (lease.spent - known, 0)
+            settlement = to_settlement(lease_id, lines)
             await self._ledger.settle(pb.SettleRequest(router_id=self._router_id, settlements=[settlement]))
 
     def _call(self, call: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:

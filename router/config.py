@@ -36,6 +36,11 @@ class RouterConfig:
     grpc_address: str = setting(
         "AIAAS_ROUTER_GRPC_ADDRESS", "host:port or unix:path that gRPC listens on", default="127.0.0.1:27003"
     )
+    advertised_address: str | None = setting(
+        "AIAAS_ROUTER_ADVERTISED_ADDRESS",
+        "gRPC target at which analytics reaches this replica, where that is not the address that it listens on",
+        default=None,
+    )
     ops_address: Annotated[str, msgspec.Meta(pattern=r"^[^:]+:\d{1,5}$")] = setting(
         "AIAAS_ROUTER_OPS_ADDRESS", "host:port of /health, /ready and /metrics", default="127.0.0.1:27013"
     )

@@ -527,10 +527,10 @@ class Inference:
 
     def _progress(self) -> bytes | None:
         """What a crash must not make forgotten, as a part of the event; None before there is anything."""
+        if self._watch is None or not any(self._watch.progress):
+            return None
         self._take_usage()
         record = self._record
-        if not record.usage.completion_tokens:
-            return None
         return UsageEvent(usage=record.usage, usage_source=record.usage_source).SerializeToString()
 
     def _exemplar(self) -> dict[str, str] | None:

@@ -159,7 +159,7 @@ class Journal:
         if self._is_full or self._cannot_fold:
             raise _unrecordable()
         if self._cannot_append:
-            self._commit()
+            self.commit()
         self._last_number = number = self._last_number + 1
         entry = self._open[number] = Entry(self, number, event)
         self._put(Change(number, False, 0, event))
@@ -178,6 +178,23 @@ class Journal:
         self._drops = False
         self._last_number = number = self._last_number + 1
         self._put(Change(number, True, self._now_micros(), event))
+
+    def commit(self) -> None:
+        """Make all that is known outlive this process, by one append to the log.
+
+        Raises PlatformError(USAGE_UNRECORDABLE) if it cannot be written.
+        """
+        if not self._queue:
+            return
+        changes = list(self._queue.values())
+        try:
+            self._log.append(changes)
+        except OSError as error:
+            self._cannot_append = self._failed(self._cannot_append, error)
+            raise _unrecordable() from error
+        self._cannot_append = False
+        self._unfolded += changes
+        self._queue.clear()
 
     def mark_published(self, attempts: Mapping[bytes, int]) -> None:
         """These are confirmed, after so many tries; a crash before the next fold has them published again."""
@@ -245,7 +262,7 @@ class Journal:
 
     def _make_durable(self, number: int) -> None:
         if number in self._queue:
-            self._commit()
+            self.commit()
 
     def _checkpoint(self, number: int, event: bytes) -> None:
         if number in self._open:
@@ -266,24 +283,10 @@ class Journal:
 
     def _try_commit(self) -> None:
         try:
-            self._commit()
+            self.commit()
         except PlatformError:
             # Counted and logged; the next fold tries again.
             return
-
-    def _commit(self) -> None:
-        """Append what is queued to the log. Raises PlatformError(USAGE_UNRECORDABLE)."""
-        if not self._queue:
-            return
-        changes = list(self._queue.values())
-        try:
-            self._log.append(changes)
-        except OSError as error:
-            self._cannot_append = self._failed(self._cannot_append, error)
-            raise _unrecordable() from error
-        self._cannot_append = False
-        self._unfolded += changes
-        self._queue.clear()
 
     async def _fold_regularly(self) -> None:
         while True:

@@ -17,6 +17,7 @@ from operator import attrgetter
 from aiaas.type.v1.usage_event_pb2 import TokenUsage, UsageEvent
 from router.journal_store import FIRST_KEY, LAST_KEY, JournalStore, State, Stored, time_key
 from router.leases import Spender
+from router.usage import counted_requests
 
 _HOUR_S = 3600
 # About a millisecond's work; then whoever waits for the interpreter gets it.
@@ -123,5 +124,5 @@ def lease_charges(store: JournalStore, lease_ids: Collection[str]) -> dict[str, 
                 charged[charge.budget_lease_id] += charge.charged
         for lease_id, units in charged.items():
             before_units, before_requests = charges[lease_id].get(spender, (0, 0))
-            charges[lease_id][spender] = (before_units + units, before_requests + 1)
+            charges[lease_id][spender] = (before_units + units, before_requests + counted_requests(event.outcome))
     return charges

@@ -30,13 +30,14 @@ class Relays:
         self._engine = engine
         self._authenticator = authenticator
         self._open: set[Relay] = set()
-        self._draining = False
+        self.draining = False
+        """Whether edges are asked to open their next inferences elsewhere."""
 
     def open(self, *, window_s: float = WINDOW_S) -> Relay:
         """A new relay; whoever opens it closes it."""
         relay = Relay(self._engine, self._authenticator, window_s)
         self._open.add(relay)
-        if self._draining:
+        if self.draining:
             relay.drain()
         return relay
 
@@ -47,7 +48,7 @@ class Relays:
 
     def drain(self) -> None:
         """Have every edge open its next inferences elsewhere; what runs goes on."""
-        self._draining = True
+        self.draining = True
         for relay in self._open:
             relay.drain()
 

@@ -8,6 +8,7 @@ import functools
 import os
 import secrets
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from aiaas.router.v1 import (
     model_service_pb2_grpc,
     price_service_pb2,
     price_service_pb2_grpc,
+    router_service_pb2,
+    router_service_pb2_grpc,
 )
 from mesh.auth import CachedAuthenticator, RemoteAuthenticator
 from mesh.broker import Broker
@@ -46,6 +49,8 @@ from router.backends import CREDENTIAL_PREFIX, Registry
 from router.budget_ledger import RemoteLedger
 from router.budgets import Budgets
 from router.config import RouterConfig
+from router.engine_token_store import EngineTokenStore
+from router.engine_tokens import EngineTokenReader
 from router.health import HealthProber
 from router.inference import Engine
 from router.inference_service import InferenceService
@@ -56,6 +61,9 @@ from router.price_service import PriceService
 from router.publisher import UsagePublisher
 from router.rate_limits import RATE_LIMITS, ROUTERS, Defaults, RateLimiter
 from router.relay import Relays
+from router.router_service import RouterService
+from router.router_store import RouterStore
+from router.routers import Condition, Heartbeats, Replica
 from router.routing import Routing
 from router.store import Store
 from router.upstream import HttpUpstream, Timeouts
@@ -118,9 +126,7 @@ async def serve(
         budgets = Budgets(
             RemoteLedger(budget_service_pb2_grpc.BudgetServiceStub(identity)),
             clock,
-            journal.router_id,
-            journal.instance_id,
-            journal.lease_totals,
+            journal,
         )
         engine = Engine(
             registry=registry,
@@ -139,10 +145,26 @@ async def serve(
             router_id=journal.router_id,
         )
         relays = Relays(engine, authenticator)
+        replicas, engine_tokens = RouterStore(database), EngineTokenStore(database)
+        heartbeats = Heartbeats(
+            replicas,
+            Replica(
+                journal.router_id,
+                journal.instance_id,
+                config.advertised_address or config.grpc_address,
+                version("aiaas"),
+                clock.now(),
+            ),
+            lambda: Condition(relays.draining, journal.open_entries, journal.unpublished_entries),
+        )
         grpc_server = GrpcServer(
             config.grpc_address,
             _services(
-                store, registry, InferenceService(engine, registry, relays), JournalService(journal, publisher, clock)
+                store,
+                registry,
+                InferenceService(engine, registry, relays),
+                JournalService(journal, publisher, clock),
+                RouterService(replicas, engine_tokens),
             ),
             chain(authenticator, traced=config.otlp_endpoint is not None),
             reflect=config.reflection,
@@ -164,6 +186,8 @@ async def serve(
                     ("journal", journal.run),
                     ("publisher", publisher.run),
                     ("budgets", budgets.run),
+                    ("engine tokens", EngineTokenReader(registry, upstream, engine_tokens, clock).run),
+                    ("heartbeats", heartbeats.run),
                     # It ends before its connection does, so that it can say goodbye.
                     ("rate limits", limiter.run),
                     ("scripts", scripts.run_connection),
@@ -187,7 +211,7 @@ async def serve(
 
 
 def _services(
-    store: Store, registry: Registry, inference: InferenceService, journal: JournalService
+    store: Store, registry: Registry, inference: InferenceService, journal: JournalService, routers: RouterService
 ) -> list[tuple[ServiceDescriptor, AddServicer, Any]]:
     return [
         (
@@ -214,5 +238,10 @@ def _services(
             journal_service_pb2.DESCRIPTOR.services_by_name["JournalService"],
             journal_service_pb2_grpc.add_JournalServiceServicer_to_server,
             journal,
+        ),
+        (
+            router_service_pb2.DESCRIPTOR.services_by_name["RouterService"],
+            router_service_pb2_grpc.add_RouterServiceServicer_to_server,
+            routers,
         ),
     ]

@@ -232,7 +232,7 @@ def close_event(
     if record.price is not None:
         event.cost_micros = cost_micros(record.price, record.usage)
     if record.reservation is not None:
-        charged = record.reservation.settle(event.cost_micros, _tokens(record.usage), _requests(outcome))
+        charged = record.reservation.settle(event.cost_micros, _tokens(record.usage), counted_requests(outcome))
         for charge, amount in zip(event.budgets, charged, strict=True):
             charge.charged = amount
 
@@ -243,7 +243,7 @@ def abort_event(event: UsageEvent) -> None:
     amounts = {
         usage_event_pb2.CHARGE_UNIT_COST: event.cost_micros,
         usage_event_pb2.CHARGE_UNIT_TOKENS: _tokens(event.usage),
-        usage_event_pb2.CHARGE_UNIT_REQUESTS: _requests(event.outcome),
+        usage_event_pb2.CHARGE_UNIT_REQUESTS: counted_requests(event.outcome),
     }
     for charge in event.budgets:
         charge.charged = min(charge.reserved, amounts[charge.unit])
@@ -253,7 +253,7 @@ def _tokens(usage: TokenUsage) -> int:
     return usage.prompt_tokens + usage.completion_tokens
 
 
-def _requests(outcome: usage_event_pb2.Outcome.ValueType) -> int:
+def counted_requests(outcome: usage_event_pb2.Outcome.ValueType) -> int:
     """What a request counts against a budget of requests: one that brought nothing counts nothing."""
     return 0 if outcome in (usage_event_pb2.OUTCOME_REFUSED, usage_event_pb2.OUTCOME_FAILED) else 1
 

@@ -19,7 +19,7 @@ from redis.asyncio import Redis
 from deploy.local.servers import Postgres, RabbitMQ, Valkey
 from deploy.local.state import State
 from deploy.local.supervisor import Supervisor
-from mesh.topology import USAGE
+from mesh.topology import EVENTS, USAGE
 
 _GROUPS = {"amqp_url": "amqp", "platform": "e2e"}
 
@@ -106,7 +106,8 @@ async def amqp_url(servers: Servers) -> str:
     await servers.ready(servers.rabbitmq)
     async with await aio_pika.connect(servers.rabbitmq.url) as connection:
         channel = await connection.channel()
-        for queue in (USAGE.name, USAGE.dead_name):
-            await channel.queue_delete(queue)
-        await channel.exchange_delete(USAGE.exchange)
+        for queue in (USAGE, EVENTS):
+            await channel.queue_delete(queue.name)
+            await channel.queue_delete(queue.dead_name)
+            await channel.exchange_delete(queue.exchange)
     return servers.rabbitmq.url

@@ -47,8 +47,23 @@ CREATE UNIQUE INDEX budgets_by_scope ON budgets (
     organization_id, user_id, service_account_id, api_key_id, model, unit, period
 ) WHERE delete_time IS NULL;
 
--- A period is made when it is first leased from or looked at. limit_amount holds the overrides too. is_hard is the
--- budget's, repeated here so that PostgreSQL itself refuses an overspend, whatever the code does.
+-- The period of a budget that a moment is in, by the UTC calendar; that of "total" begins with the budget.
+CREATE FUNCTION budget_period_at(
+    period text, create_time timestamptz, moment timestamptz, OUT period_start timestamptz, OUT period_end timestamptz
+) LANGUAGE sql STABLE AS $$
+    SELECT
+        CASE WHEN part IS NULL THEN create_time ELSE date_trunc(part, moment, 'UTC') END,
+        (date_trunc(part, moment AT TIME ZONE 'UTC') + length) AT TIME ZONE 'UTC'
+    FROM (VALUES
+        ('daily', 'day', interval '1 day'), ('monthly', 'month', interval '1 month'),
+        ('quarterly', 'quarter', interval '3 months'), ('annual', 'year', interval '1 year'), ('total', NULL, NULL)
+    ) AS calendar (name, part, length) WHERE name = period
+$$;
+
+-- A period is made when it is first leased from or its limit changes. limit_amount holds the overrides too. is_hard is
+-- the budget's, repeated here so that PostgreSQL itself refuses an overspend, whatever the code does. A falling period
+-- is above the budget's limit with its overrides, since that much was spent and leased when an override ended; what
+-- comes back of it is gone.
 CREATE TABLE budget_periods (
     budget_id text COLLATE "C" NOT NULL REFERENCES budgets,
     period_start timestamptz NOT NULL,
@@ -57,9 +72,12 @@ CREATE TABLE budget_periods (
     limit_amount bigint NOT NULL CHECK (limit_amount >= 0),
     spent bigint NOT NULL DEFAULT 0 CHECK (spent >= 0),
     leased bigint NOT NULL DEFAULT 0 CHECK (leased >= 0),
+    falling boolean NOT NULL DEFAULT false,
     PRIMARY KEY (budget_id, period_start),
     CONSTRAINT never_overspent CHECK (NOT is_hard OR spent + leased <= limit_amount)
 );
+
+CREATE INDEX budget_periods_falling ON budget_periods (budget_id) WHERE falling;
 
 -- amount is what was given and not taken back; amount - spent of those that are not settled is the period's leased.
 -- One that was not renewed in time is expired for good, whether or not anybody has written so: whoever reads it
@@ -84,6 +102,7 @@ CREATE TABLE budget_leases (
 
 CREATE UNIQUE INDEX budget_leases_by_request ON budget_leases (router_id, request_id, budget_id);
 CREATE INDEX budget_leases_by_budget ON budget_leases (budget_id, create_time, budget_lease_id);
+CREATE INDEX budget_leases_active ON budget_leases (budget_id, period_start) WHERE state = 'active';
 CREATE INDEX budget_leases_unsettled ON budget_leases (router_id, create_time, budget_lease_id) WHERE state <> 'settled';
 
 -- Where leases were spent, in running totals of each lease, so that a repeated report changes nothing. Those of a
@@ -108,6 +127,8 @@ CREATE TABLE budget_ledger (
     requests bigint NOT NULL CHECK (requests >= 0),
     PRIMARY KEY (organization_id, budget_id, hour_start, api_key_id, model)
 );
+
+CREATE INDEX budget_ledger_by_hour ON budget_ledger (hour_start);
 
 -- Each threshold is passed once in a period.
 CREATE TABLE budget_alerts (

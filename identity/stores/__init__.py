@@ -12,12 +12,18 @@ from contextlib import asynccontextmanager
 from identity.principals import Credential
 from identity.revocations import Revocation, Subject
 from identity.stores.api_keys import ApiKeyRows
+from identity.stores.budget_alerts import BudgetAlertRows
+from identity.stores.budget_leases import BudgetLeaseRows
+from identity.stores.budget_overrides import BudgetOverrideRows
+from identity.stores.budget_periods import BudgetPeriodRows
+from identity.stores.budgets import BudgetRows
 from identity.stores.creations import CreationRows
 from identity.stores.credentials import HolderRows, find_credential
 from identity.stores.organizations import OrganizationRows
 from identity.stores.roles import RoleRows
 from identity.stores.rows import Connection
 from identity.stores.service_accounts import ServiceAccountRows
+from identity.stores.unpublished_events import UnpublishedEventRows
 from identity.stores.users import UserRows
 from mesh.database import Database
 
@@ -34,6 +40,12 @@ class Transaction:
         self.roles = RoleRows(connection)
         self.holders = HolderRows(connection)
         self.creations = CreationRows(connection)
+        self.budgets = BudgetRows(connection)
+        self.budget_periods = BudgetPeriodRows(connection)
+        self.budget_leases = BudgetLeaseRows(connection)
+        self.budget_overrides = BudgetOverrideRows(connection)
+        self.budget_alerts = BudgetAlertRows(connection)
+        self.unpublished_events = UnpublishedEventRows(connection)
         self.revocations: list[Revocation] = []
 
     async def revoke(self, subject: Subject, subject_id: str) -> None:

@@ -10,7 +10,7 @@ from analytics.store import UsageStore
 from mesh.broker import Broker
 from mesh.database import Database
 from mesh.migrate import migrate
-from mesh.topology import USAGE
+from mesh.topology import EVENTS, USAGE
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def store(database: Database) -> UsageStore:
 @pytest.fixture
 async def broker(amqp_url: str) -> AsyncIterator[Broker]:
     """The broker as a router has it."""
-    broker = Broker(amqp_url, USAGE)
+    broker = Broker(amqp_url, USAGE, EVENTS)
     yield broker
     await broker.close()
 

@@ -1,6 +1,7 @@
 """Analytics as a whole: it starts without its peers, heals, counts and answers, and ends when told."""
 
 import asyncio
+import base64
 import os
 import socket
 import sys
@@ -14,8 +15,14 @@ import grpc
 import httpx
 import pytest
 
+from aiaas.analytics.v1 import (
+    event_service_pb2,
+    event_service_pb2_grpc,
+    usage_service_pb2_grpc,
+    webhook_service_pb2,
+    webhook_service_pb2_grpc,
+)
 from aiaas.analytics.v1 import usage_service_pb2 as pb
-from aiaas.analytics.v1 import usage_service_pb2_grpc
 from aiaas.identity.v1.auth_service_pb2 import AuthenticateResponse
 from aiaas.type.v1.principal_pb2 import PRINCIPAL_KIND_USER, Principal
 from analytics.config import AnalyticsConfig
@@ -23,12 +30,15 @@ from analytics.server import serve
 from mesh.broker import Broker
 from mesh.config import load
 from mesh.errors import PlatformError, Reason, from_rpc_error
-from mesh.topology import USAGE
+from mesh.topology import EVENTS, USAGE
 from tests.doubles.peer import PeerDouble
+from tests.doubles.platform_events import platform_event
 from tests.doubles.tcp_gate import TcpGate
 from tests.doubles.usage_events import usage_batch, usage_event
+from tests.doubles.webhook_receiver import WebhookReceiver
 from tests.integration.analytics.conftest import wait_until
 
+SECRET_KEY = base64.b64encode(b"k" * 32).decode()
 METADATA = (("authorization", "Bearer session"),)
 
 
@@ -74,6 +84,8 @@ async def test_starts_without_its_peers_and_counts_when_they_are_there(
             "AIAAS_ANALYTICS_REDIS_URL": "redis://127.0.0.1:1/",
             "AIAAS_ANALYTICS_AMQP_URL": with_gate.geturl(),
             "AIAAS_ANALYTICS_IDENTITY_TARGET": identity.address,
+            "AIAAS_ANALYTICS_ROUTER_TARGET": "unix:nowhere",
+            "AIAAS_ANALYTICS_SECRET_KEY": SECRET_KEY,
             "AIAAS_ANALYTICS_GRPC_ADDRESS": f"unix:{tmp_path}/analytics",
             "AIAAS_ANALYTICS_OPS_ADDRESS": ops,
             "AIAAS_ANALYTICS_DRAIN_S": "1",
@@ -135,15 +147,19 @@ async def test_migrate_makes_the_schema_once(postgres_url: str) -> None:
         "AIAAS_ANALYTICS_REDIS_URL": "redis://nowhere",
         "AIAAS_ANALYTICS_AMQP_URL": "amqp://nowhere",
         "AIAAS_ANALYTICS_IDENTITY_TARGET": "unix:nowhere",
+        "AIAAS_ANALYTICS_ROUTER_TARGET": "unix:nowhere",
+        "AIAAS_ANALYTICS_SECRET_KEY": SECRET_KEY,
     }
-    assert await command("migrate", **environ) == (0, "applied 0001_analytics.sql\n")
+    applied = ("0001_analytics.sql", "0002_events.sql", "0003_reconciliations.sql")
+    assert await command("migrate", **environ) == (0, "".join(f"applied {name}\n" for name in applied))
     assert await command("migrate", **environ) == (0, "nothing to apply\n")
 
 
 async def test_wrong_configuration_is_named() -> None:
     status, output = await command("check-config", AIAAS_ANALYTICS_BATCH_SIZE="0")
     assert status == 2
-    for variable in ("BATCH_SIZE", "DATABASE_URL", "REDIS_URL", "AMQP_URL", "IDENTITY_TARGET"):
+    targets = ("IDENTITY_TARGET", "ROUTER_TARGET")
+    for variable in ("BATCH_SIZE", "DATABASE_URL", "REDIS_URL", "AMQP_URL", *targets, "SECRET_KEY"):
         assert f"AIAAS_ANALYTICS_{variable}" in output
 
 
@@ -154,6 +170,8 @@ async def test_postgres_away_is_not_ready_and_unavailable(tmp_path: Path) -> Non
         "AIAAS_ANALYTICS_REDIS_URL": "redis://127.0.0.1:1/",
         "AIAAS_ANALYTICS_AMQP_URL": "amqp://127.0.0.1:1/",
         "AIAAS_ANALYTICS_IDENTITY_TARGET": f"unix:{tmp_path}/identity",
+        "AIAAS_ANALYTICS_ROUTER_TARGET": "unix:nowhere",
+        "AIAAS_ANALYTICS_SECRET_KEY": SECRET_KEY,
         "AIAAS_ANALYTICS_GRPC_ADDRESS": f"unix:{tmp_path}/analytics",
         "AIAAS_ANALYTICS_OPS_ADDRESS": ops,
     }
@@ -169,3 +187,54 @@ async def test_postgres_away_is_not_ready_and_unavailable(tmp_path: Path) -> Non
         ready = await operator.get("/ready")
         assert ready.status_code == 503
         assert ready.json()["checks"]["database"] == PlatformError(Reason.UNAVAILABLE).message
+
+
+async def test_event_from_the_queue_is_sent_to_a_webhook(
+    database_url: str, broker: Broker, amqp_url: str, tmp_path: Path
+) -> None:
+    identity = PeerDouble(f"unix:{tmp_path}/identity")
+    identity.answers["Authenticate"] = AuthenticateResponse(
+        principal=Principal(
+            kind=PRINCIPAL_KIND_USER,
+            principal_id="user_a",
+            organization_id="org_a",
+            permissions=["webhooks.create", "events.list"],
+        )
+    )
+    await identity.start()
+    environ = {
+        "AIAAS_ANALYTICS_DATABASE_URL": database_url,
+        "AIAAS_ANALYTICS_REDIS_URL": "redis://127.0.0.1:1/",
+        "AIAAS_ANALYTICS_AMQP_URL": amqp_url,
+        "AIAAS_ANALYTICS_IDENTITY_TARGET": identity.address,
+        "AIAAS_ANALYTICS_ROUTER_TARGET": "unix:nowhere",
+        "AIAAS_ANALYTICS_SECRET_KEY": SECRET_KEY,
+        "AIAAS_ANALYTICS_WEBHOOK_ALLOW_PRIVATE": "true",
+        "AIAAS_ANALYTICS_GRPC_ADDRESS": f"unix:{tmp_path}/analytics",
+        "AIAAS_ANALYTICS_OPS_ADDRESS": f"127.0.0.1:{free_port()}",
+        "AIAAS_ANALYTICS_DRAIN_S": "1",
+    }
+    async with (
+        WebhookReceiver() as receiver,
+        running(environ),
+        grpc.aio.insecure_channel(f"unix:{tmp_path}/analytics") as channel,
+    ):
+        create = webhook_service_pb2.CreateWebhookRequest(
+            organization_id="org_a", webhook=webhook_service_pb2.Webhook(display_name="Hook", url=receiver.url)
+        )
+        webhooks = webhook_service_pb2_grpc.WebhookServiceStub(channel)
+        made = await webhooks.CreateWebhook(create, wait_for_ready=True, metadata=METADATA, timeout=10)
+        event = platform_event(event_time=datetime.now(UTC)).SerializeToString()
+        await broker.publish(EVENTS.exchange, EVENTS.routing_key, event, timeout_s=10)
+
+        async def is_there() -> bool:
+            return bool(receiver.received)
+
+        await wait_until(is_there, 10, "the event is delivered")
+        assert receiver.received[0].is_signed_with(made.secret)
+        events = event_service_pb2_grpc.EventServiceStub(channel)
+        listed = await events.ListEvents(
+            event_service_pb2.ListEventsRequest(organization_id="org_a"), metadata=METADATA, timeout=10
+        )
+        assert [one.event_id for one in listed.events] == receiver.event_ids()
+    await identity.stop()

@@ -1,6 +1,7 @@
 """Revocations reach analytics, and one that it may have missed is made up for."""
 
 import asyncio
+import base64
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -65,6 +66,8 @@ async def analytics(database_url: str, redis_url: str, folder: Path) -> AsyncIte
         redis_url=redis_url,
         amqp_url="amqp://127.0.0.1:1/",
         identity_target=identity.address,
+        router_target="unix:nowhere",
+        secret_key=base64.b64encode(bytes(32)).decode(),
         grpc_address=f"unix:{folder}/analytics",
         ops_address="127.0.0.1:0",
         drain_s=1.0,

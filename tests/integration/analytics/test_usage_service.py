@@ -80,6 +80,13 @@ class Usage:
         metadata = (("authorization", f"Bearer {credential}"),)
         return await self.stub.ListUsageRecords(request, metadata=metadata, timeout=10)
 
+    async def explain(
+        self, organization_id: str, request_id: str, credential: str = "org_a"
+    ) -> pb.ExplainChargeResponse:
+        request = pb.ExplainChargeRequest(organization_id=organization_id, request_id=request_id)
+        metadata = (("authorization", f"Bearer {credential}"),)
+        return await self.stub.ExplainCharge(request, metadata=metadata, timeout=10)
+
     async def insert(self, *events: UsageEvent) -> None:
         await self.store.insert_events([read_event(event.SerializeToString(), NOW) for event in events])
 
@@ -92,7 +99,7 @@ async def usage(store: UsageStore, tmp_path: Path) -> AsyncIterator[Usage]:
     service = (
         pb.DESCRIPTOR.services_by_name["UsageService"],
         usage_service_pb2_grpc.add_UsageServiceServicer_to_server,
-        UsageService(store, clock),  # type: ignore[abstract]  # ExplainCharge comes later
+        UsageService(store, clock),
     )
     server = GrpcServer(address, [service], chain(Authenticated()), drain_s=1)
     await server.start()
@@ -355,10 +362,23 @@ async def test_token_of_another_organization_is_refused(usage: Usage) -> None:
     assert error.field == "page_token"
 
 
-async def test_charge_cannot_be_explained_yet(usage: Usage) -> None:
-    request = pb.ExplainChargeRequest(organization_id="org_a", request_id="req_1")
-    metadata = (("authorization", "Bearer org_a"),)
-    assert (await refusal(usage.stub.ExplainCharge(request, metadata=metadata))).reason is Reason.UNIMPLEMENTED
+async def test_charge_is_explained_from_its_newest_record(usage: Usage) -> None:
+    older = usage_event("req_1", NOW - timedelta(days=3))
+    newer = usage_event("req_1", NOW - timedelta(hours=1), model="model-9")
+    await usage.insert(older, newer, usage_event("req_2"))
+    answer = await usage.explain("org_a", "req_1")
+    assert answer.record == newer
+    assert answer.steps[0] == "Admitted at 2026-11-20 11:30:15 UTC, the request for model-9 was answered in full."
+
+
+async def test_charge_that_is_not_there_or_not_ones_own_is_not_found(usage: Usage) -> None:
+    await usage.insert(usage_event("req_1"))
+    assert (await refusal(usage.explain("org_a", "req_2"))).reason is Reason.NOT_FOUND
+    assert (await refusal(usage.explain("org_b", "req_1", "org_b"))).reason is Reason.NOT_FOUND
+    assert (await refusal(usage.explain("org_a", "req_1", "org_b"))).reason is Reason.NOT_FOUND
+    for nothing in ("", "req\0"):
+        error = await refusal(usage.explain("org_a", nothing))
+        assert (error.reason, error.field) == (Reason.INVALID_ARGUMENT, "request_id")
 
 
 async def test_freshness_is_told_and_unknown_at_first(usage: Usage) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from mesh.migrate import migrate
+from tests.integration.identity.budgeting import Ledger, ledger_of
 from tests.integration.identity.harness import Identity, running_identity
 
 
@@ -21,3 +22,10 @@ async def identity(database_url: str, tmp_path: Path) -> AsyncIterator[Identity]
     """A running identity."""
     async with running_identity(database_url, tmp_path) as running:
         yield running
+
+
+@pytest.fixture
+async def ledger(database_url: str) -> AsyncIterator[Ledger]:
+    """The running periods of the budgets."""
+    async with ledger_of(database_url) as ledger:
+        yield ledger

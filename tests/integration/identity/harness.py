@@ -15,6 +15,7 @@ from aiaas.identity.v1 import (
     api_key_service_pb2_grpc,
     auth_service_pb2,
     auth_service_pb2_grpc,
+    budget_service_pb2_grpc,
     organization_service_pb2,
     organization_service_pb2_grpc,
     role_service_pb2_grpc,
@@ -35,6 +36,8 @@ from mesh.errors import PlatformError, Reason, from_rpc_error
 
 T = TypeVar("T")
 
+NO_BROKER = "amqp://127.0.0.1:1/"
+
 
 @dataclass(frozen=True)
 class Member:
@@ -48,8 +51,9 @@ class Member:
 class Identity:
     """Stubs of a running identity, whose calls carry a credential: the platform administrator's unless told."""
 
-    def __init__(self, channel: grpc.aio.Channel, platform: Bootstrapped) -> None:
+    def __init__(self, channel: grpc.aio.Channel, platform: Bootstrapped, stop: Callable[[], None]) -> None:
         assert platform.secret is not None
+        self.stop = stop
         self.platform = platform
         self.admin: str = platform.secret
         self.organizations = organization_service_pb2_grpc.OrganizationServiceStub(channel)
@@ -57,6 +61,7 @@ class Identity:
         self.service_accounts = service_account_service_pb2_grpc.ServiceAccountServiceStub(channel)
         self.api_keys = api_key_service_pb2_grpc.ApiKeyServiceStub(channel)
         self.roles = role_service_pb2_grpc.RoleServiceStub(channel)
+        self.budgets = budget_service_pb2_grpc.BudgetServiceStub(channel)
         self.auth = auth_service_pb2_grpc.AuthServiceStub(channel)
 
     async def call(self, method: Callable[..., Awaitable[T]], request: object, secret: str | None = None) -> T:
@@ -124,11 +129,18 @@ class Identity:
 
 
 @asynccontextmanager
-async def running_identity(database_url: str, folder: Path, redis_url: str = "") -> AsyncIterator[Identity]:
-    """identity on a unix socket over a migrated database, bootstrapped."""
+async def running_identity(
+    database_url: str, folder: Path, redis_url: str = "", amqp_url: str = NO_BROKER, drain_s: float = 1.0
+) -> AsyncIterator[Identity]:
+    """identity on a unix socket over a migrated database, bootstrapped. Without a broker its events wait."""
     socket = f"unix:{folder}/identity.sock"
     config = IdentityConfig(
-        grpc_address=socket, ops_address="127.0.0.1:0", database_url=database_url, redis_url=redis_url, drain_s=1.0
+        grpc_address=socket,
+        ops_address="127.0.0.1:0",
+        database_url=database_url,
+        amqp_url=amqp_url,
+        redis_url=redis_url,
+        drain_s=drain_s,
     )
     stop = asyncio.Event()
     async with asyncio.TaskGroup() as tasks:
@@ -138,7 +150,7 @@ async def running_identity(database_url: str, folder: Path, redis_url: str = "")
             async with grpc.aio.insecure_channel(socket) as channel, asyncio.timeout(10):
                 await channel.channel_ready()
                 assert not server.done()
-                yield Identity(channel, platform)
+                yield Identity(channel, platform, stop.set)
         finally:
             stop.set()
 

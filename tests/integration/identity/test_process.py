@@ -20,7 +20,7 @@ from mesh.errors import PlatformError, Reason
 from mesh.migrate import migrate
 from mesh.revocations import CHANNEL
 from tests.doubles.tcp_gate import TcpGate
-from tests.integration.identity.harness import Identity, bootstrapped, running_identity
+from tests.integration.identity.harness import NO_BROKER, Identity, bootstrapped, running_identity
 
 
 async def run(environment: dict[str, str], *arguments: str) -> tuple[int, str, str]:
@@ -36,9 +36,9 @@ async def run(environment: dict[str, str], *arguments: str) -> tuple[int, str, s
 
 
 async def test_bootstrap_makes_the_administrator_once(postgres_url: str) -> None:
-    environment = {"AIAAS_IDENTITY_DATABASE_URL": postgres_url}
+    environment = {"AIAAS_IDENTITY_DATABASE_URL": postgres_url, "AIAAS_IDENTITY_AMQP_URL": NO_BROKER}
     status, output, _ = await run(environment, "migrate")
-    assert (status, output) == (0, "applied 0001_identity.sql\n")
+    assert (status, output) == (0, "applied 0001_identity.sql\napplied 0002_budgets.sql\n")
     status, output, errors = await run(environment, "bootstrap", "--display-name", "Our platform")
     first = json.loads(output)
     assert status == 0
@@ -67,6 +67,7 @@ async def test_wrong_configuration_is_named_and_its_secret_is_not() -> None:
     status, _, errors = await run({"AIAAS_IDENTITY_OPS_ADDRESS": "nowhere"}, "check-config")
     assert status == 2
     assert "AIAAS_IDENTITY_DATABASE_URL" in errors
+    assert "AIAAS_IDENTITY_AMQP_URL" in errors
     assert "AIAAS_IDENTITY_OPS_ADDRESS" in errors
     status, _, errors = await run({}, "bootstrap")
     assert status == 2
@@ -75,7 +76,11 @@ async def test_wrong_configuration_is_named_and_its_secret_is_not() -> None:
 
 async def test_bootstrap_without_a_database_says_so() -> None:
     status, output, errors = await run(
-        {"AIAAS_IDENTITY_DATABASE_URL": "postgresql://app:hidden-password@127.0.0.1:1/identity"}, "bootstrap"
+        {
+            "AIAAS_IDENTITY_DATABASE_URL": "postgresql://app:hidden-password@127.0.0.1:1/identity",
+            "AIAAS_IDENTITY_AMQP_URL": NO_BROKER,
+        },
+        "bootstrap",
     )
     assert (status, output) == (1, "")
     assert "unavailable" in errors
@@ -95,6 +100,7 @@ async def test_process_serves_until_it_is_told_to_stop(database_url: str, tmp_pa
             "AIAAS_IDENTITY_GRPC_ADDRESS": f"unix:{tmp_path}/identity.sock",
             "AIAAS_IDENTITY_OPS_ADDRESS": ops_address,
             "AIAAS_IDENTITY_DATABASE_URL": database_url,
+            "AIAAS_IDENTITY_AMQP_URL": NO_BROKER,
         },
         stderr=asyncio.subprocess.PIPE,
     )
@@ -223,5 +229,5 @@ async def test_revocation_without_redis_is_a_revocation_all_the_same(database_ur
 
 
 async def test_migrations_apply_once(postgres_url: str) -> None:
-    assert await migrate(postgres_url, "identity.migrations") == ["0001_identity.sql"]
+    assert await migrate(postgres_url, "identity.migrations") == ["0001_identity.sql", "0002_budgets.sql"]
     assert await migrate(postgres_url, "identity.migrations") == []

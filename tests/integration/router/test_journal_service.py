@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import aio_pika
 import grpc
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from aiaas.router.v1 import journal_service_pb2 as pb
 from aiaas.router.v1.journal_service_pb2_grpc import JournalServiceStub, add_JournalServiceServicer_to_server
@@ -33,6 +34,13 @@ from tests.doubles.clock import ManualClock
 from tests.doubles.tcp_gate import TcpGate
 
 NOW = datetime(2026, 11, 20, 12, tzinfo=UTC)
+
+
+def at(minutes: int) -> Timestamp:
+    """So many minutes after noon."""
+    moment = Timestamp()
+    moment.FromDatetime(NOW + timedelta(minutes=minutes))
+    return moment
 
 
 class AwayBroker:
@@ -161,7 +169,7 @@ async def test_entries_are_listed_by_admission_in_pages(served: Serving) -> None
     assert await served.list(state=pb.JOURNAL_ENTRY_STATE_PUBLISHED) == []
     assert await served.list(organization_id="org_b", page_size=2) == ["req_0 2", "req_3 2", "req_6 2", "req_9 1"]
     assert await served.list(request_id="req_4") == ["req_4 2"]
-    assert await served.list(start_time=NOW + timedelta(minutes=20), end_time=NOW + timedelta(minutes=40)) == [
+    assert await served.list(start_time=at(20), end_time=at(40)) == [
         "req_2 2",
         "req_3 2",
     ]
@@ -179,7 +187,7 @@ async def test_an_entry_tells_what_is_known_of_it(served: Serving) -> None:
 
 async def test_totals_add_up_by_organization_hour_key_and_model(served: Serving) -> None:
     def request(**fields: Any) -> pb.QueryJournalTotalsRequest:
-        return pb.QueryJournalTotalsRequest(start_time=NOW, end_time=NOW + timedelta(hours=2), **fields)
+        return pb.QueryJournalTotalsRequest(start_time=at(0), end_time=at(120), **fields)
 
     found: list[pb.JournalTotal] = []
     token = ""
@@ -212,7 +220,7 @@ async def test_totals_add_up_by_organization_hour_key_and_model(served: Serving)
 
 
 async def test_totals_of_a_new_question_are_new(served: Serving) -> None:
-    request = pb.QueryJournalTotalsRequest(start_time=NOW, end_time=NOW + timedelta(hours=1), page_size=500)
+    request = pb.QueryJournalTotalsRequest(start_time=at(0), end_time=at(60), page_size=500)
     assert sum(total.requests for total in (await served.call(served.stub.QueryJournalTotals, request)).totals) == 6
     served.journal.record(event(0))
     assert sum(total.requests for total in (await served.call(served.stub.QueryJournalTotals, request)).totals) == 7
@@ -223,14 +231,14 @@ async def test_totals_of_a_new_question_are_new(served: Serving) -> None:
     [
         ("ListJournalEntries", pb.ListJournalEntriesRequest(page_size=-1), "page_size"),
         ("ListJournalEntries", pb.ListJournalEntriesRequest(page_token="x"), "page_token"),
-        ("ListJournalEntries", pb.ListJournalEntriesRequest(start_time=NOW, end_time=NOW), "end_time"),
+        ("ListJournalEntries", pb.ListJournalEntriesRequest(start_time=at(0), end_time=at(0)), "end_time"),
         ("ReplayJournal", pb.ReplayJournalRequest(), "start_time"),
-        ("ReplayJournal", pb.ReplayJournalRequest(start_time=NOW), "end_time"),
-        ("QueryJournalTotals", pb.QueryJournalTotalsRequest(start_time=NOW), "end_time"),
-        ("QueryJournalTotals", pb.QueryJournalTotalsRequest(end_time=NOW), "start_time"),
+        ("ReplayJournal", pb.ReplayJournalRequest(start_time=at(0)), "end_time"),
+        ("QueryJournalTotals", pb.QueryJournalTotalsRequest(start_time=at(0)), "end_time"),
+        ("QueryJournalTotals", pb.QueryJournalTotalsRequest(end_time=at(0)), "start_time"),
         (
             "QueryJournalTotals",
-            pb.QueryJournalTotalsRequest(start_time=NOW + timedelta(minutes=1), end_time=NOW + timedelta(hours=1)),
+            pb.QueryJournalTotalsRequest(start_time=at(1), end_time=at(60)),
             "start_time",
         ),
     ],
@@ -250,9 +258,7 @@ async def test_replay_publishes_a_range_again(tmp_path: Path) -> None:
         await served.publisher.flush(5)
         assert await served.list(state=pb.JOURNAL_ENTRY_STATE_PUBLISHED) == [f"req_{number} 3" for number in range(9)]
         broker.request_ids.clear()
-        request = pb.ReplayJournalRequest(
-            start_time=NOW + timedelta(minutes=10), end_time=NOW + timedelta(minutes=50), organization_id="org_a"
-        )
+        request = pb.ReplayJournalRequest(start_time=at(10), end_time=at(50), organization_id="org_a")
         assert (await served.call(served.stub.ReplayJournal, request)).entries == 3
         await served.publisher.flush(5)
         assert broker.request_ids == ["req_1", "req_2", "req_4"]

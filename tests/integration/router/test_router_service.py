@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import itertools
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -169,7 +170,7 @@ async def test_windows_follow_one_another_over_restarts_of_the_engine_and_of_rep
     windows = (await stub.QueryEngineTokens(asked())).windows
     assert [counts(window) for window in windows] == [(120, 16, 5, False), (5, 0, 1, True), (20, 0, 0, False)]
     assert {window.backend_id for window in windows} == {"vllm-1"}
-    for before, after in zip(windows, windows[1:], strict=False):
+    for before, after in itertools.pairwise(windows):
         assert before.end_time == after.start_time
     assert windows[0].start_time == stamp(NOW)
     assert windows[2].end_time == stamp(NOW + timedelta(seconds=50))

@@ -1,5 +1,6 @@
 """The state folder of the local stack."""
 
+import base64
 import os
 import shutil
 from collections.abc import Iterator
@@ -63,6 +64,13 @@ def test_secret_stays_the_same_and_is_private(state: State) -> None:
     assert state.secret("valkey") != secret
     assert (state.root / "secrets" / "postgres").stat().st_mode & 0o777 == 0o600
     assert (state.root / "secrets").stat().st_mode & 0o777 == 0o700
+
+
+def test_key_has_32_bytes_stays_the_same_and_is_private(state: State) -> None:
+    key = state.key("analytics")
+    assert len(base64.b64decode(key, validate=True)) == 32
+    assert state.key("analytics") == key
+    assert (state.root / "secrets" / "analytics").stat().st_mode & 0o777 == 0o600
 
 
 def test_document_is_kept_and_private(state: State) -> None:

@@ -118,6 +118,7 @@ def test_an_exception_is_written_without_the_values_of_local_variables(lines: Li
         f"credentials={SECRET}",
         f"refresh_token={SECRET}&x",
         "sk-proj-" + SECRET,
+        "whsec_" + SECRET + "/+=",
         f"eyJhbGciOiJIUzI1NiJ9.eyJ{SECRET}.{SECRET}",
     ],
 )

@@ -1,0 +1,16 @@
+"""Names what identity measures; it never decides anything by it."""
+
+from prometheus_client import Counter
+
+_CROSSED = Counter(
+    "aiaas_budget_thresholds_crossed_total",
+    "Budgets' thresholds that were passed; percent is 50, 80, 100 or other.",
+    ["percent"],
+)
+_USUAL = {percent: _CROSSED.labels(str(percent)) for percent in (50, 80, 100)}
+_OTHER = _CROSSED.labels("other")
+
+
+def count_crossed(percent: int) -> None:
+    """Count a threshold that was passed."""
+    _USUAL.get(percent, _OTHER).inc()
