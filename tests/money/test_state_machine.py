@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from hypothesis import HealthCheck, Verbosity, settings
+from hypothesis import HealthCheck, Phase, Verbosity, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -28,6 +28,8 @@ from mesh.auth import Principal
 from mesh.errors import PlatformError
 from router import budgets
 from router.ceilings import Ceiling
+from router.journal import Journal
+from router.leases import Lease
 from tests.money.world import PRICE, Economy, RouterLife, Running
 
 T = TypeVar("T")
@@ -182,8 +184,17 @@ class Money(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """All comes back, all ends, and then the books must agree."""
-        if not self.routers:
-            return
+        try:
+            if self.routers:
+                self.come_to_an_end()
+        finally:
+            for router in self.routers:
+                if router is not None:
+                    self.do(router.crash())
+            self.folder.cleanup()
+
+    def come_to_an_end(self) -> None:
+        """Routers run again and reach the ledger, requests end, and what was left behind is settled."""
         for number in range(len(self.routers)):
             self.restart(number)
         live = [router for router in self.routers if router is not None]
@@ -197,9 +208,6 @@ class Money(RuleBasedStateMachine):
                 self.do(router.settle_former())
             self.do(self.advance(5.0))
         self.do(self.economy.check_books(self.tenant, live))
-        for router in live:
-            self.do(router.close())
-        self.folder.cleanup()
 
 
 @pytest.fixture
@@ -226,6 +234,9 @@ def run(machine: Any, steps: int = STEPS) -> None:
             deadline=None,
             derandomize=steps == STEPS,
             suppress_health_check=list(HealthCheck),
+            # Shrinking takes minutes, and what failed is printed as it is.
+            phases=[Phase.explicit, Phase.reuse, Phase.generate],
+            print_blob=False,
             verbosity=Verbosity.quiet,
         ),
     )
@@ -233,3 +244,27 @@ def run(machine: Any, steps: int = STEPS) -> None:
 
 def test_budgets_are_never_overspent_and_books_agree_in_the_end(machine: Any) -> None:
     run(machine)
+
+
+def test_without_fencing_an_overspend_is_found(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Lease, "is_ending", lambda *_: False)
+    with pytest.raises(AssertionError):
+        run(machine)
+
+
+def test_with_leases_freed_as_they_expire_an_overspend_is_found(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    advance = Economy.advance
+
+    async def advance_and_free(self: Economy, seconds: float) -> None:
+        await advance(self, seconds)
+        await self.free_what_expired()
+
+    monkeypatch.setattr(Economy, "advance", advance_and_free)
+    with pytest.raises(AssertionError):
+        run(machine)
+
+
+def test_with_a_journal_that_forgets_books_do_not_agree(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Journal, "commit", lambda _: None)
+    with pytest.raises(AssertionError):
+        run(machine)

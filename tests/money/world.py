@@ -242,11 +242,6 @@ class RouterLife:
         self.journal._reading.shutdown()
         self.journal._held.close()
 
-    async def close(self) -> None:
-        """Stop in good order."""
-        await self.budgets.close()
-        await self.journal.close()
-
 
 @dataclass(frozen=True)
 class Tenant:
@@ -303,6 +298,19 @@ class Economy:
         shift = timedelta(seconds=self.clock.shift_s)
         await self.database.execute("UPDATE shifted.clock SET shift = $1", shift)
 
+    async def free_what_expired(self) -> None:
+        """What the ledger must never do: take leases back from routers of which it has not heard."""
+        await self.database.execute("""
+            WITH freed AS (
+                UPDATE budget_leases SET state = 'settled'
+                WHERE state <> 'settled' AND expire_time <= clock_timestamp() RETURNING *
+            )
+            UPDATE budget_periods p SET leased = p.leased - f.amount
+            FROM (
+                SELECT budget_id, period_start, sum(amount - spent) AS amount FROM freed GROUP BY 1, 2
+            ) f WHERE (p.budget_id, p.period_start) = (f.budget_id, f.period_start)
+        """)
+
     def seconds_to_midnight(self) -> float:
         """Until the next day begins, and a little more."""
         now = self.clock.now()
@@ -310,6 +318,16 @@ class Economy:
 
     async def new_tenant(self, limit: int, *, daily: bool) -> Tenant:
         """An organization that may use so many tokens, and spend as many micro-dollars."""
+        interval = pb.BUDGET_INTERVAL_DAILY if daily else pb.BUDGET_INTERVAL_TOTAL
+        return Tenant(*await self._organization(limit, interval, pb.BUDGET_ENFORCEMENT_HARD), daily)
+
+    async def new_soft_tenant(self, limit: int) -> Tenant:
+        """An organization that is told when it has used as much."""
+        return Tenant(*await self._organization(limit, pb.BUDGET_INTERVAL_TOTAL, pb.BUDGET_ENFORCEMENT_SOFT), False)
+
+    async def _organization(
+        self, limit: int, interval: pb.BudgetInterval.ValueType, enforcement: pb.BudgetEnforcement.ValueType
+    ) -> tuple[str, tuple[str, str]]:
         now = self.clock.now()
         async with self.store.transaction() as stored:
             organization = Organization(new_id("org", clock=self.clock), "Tenant", create_time=now, update_time=now)
@@ -317,15 +335,11 @@ class Economy:
         made = []
         for unit in (pb.BUDGET_UNIT_TOKENS, pb.BUDGET_UNIT_COST):
             budget = pb.Budget(
-                display_name="Hard",
-                unit=unit,
-                interval=pb.BUDGET_INTERVAL_DAILY if daily else pb.BUDGET_INTERVAL_TOTAL,
-                enforcement=pb.BUDGET_ENFORCEMENT_HARD,
-                limit=limit,
+                display_name="Budget", unit=unit, interval=interval, enforcement=enforcement, limit=limit
             )
             request = pb.CreateBudgetRequest(organization_id=organization.organization_id, budget=budget)
             made.append((await self.service.CreateBudget(request, None)).budget.budget_id)
-        return Tenant(organization.organization_id, (made[0], made[1]), daily)
+        return organization.organization_id, (made[0], made[1])
 
     async def change_limit(self, tenant: Tenant, limit: int) -> None:
         """Set the limit of both budgets; too low a one is refused."""
