@@ -238,8 +238,9 @@ def engine_request(event: UsageEvent, admit_time: datetime) -> EngineRequest:
         event.backend_id,
         admit_time,
         max(admit_time, end_time),
-        # Cached tokens stay out: vLLM counts them always, and tells those of a request only if it is started to do so.
-        Amounts(1, usage.prompt_tokens, 0, usage.completion_tokens),
+        # A prompt is counted once for each of its answers. Cached tokens stay out: vLLM counts them always, and tells
+        # those of a request only if it is started to do so.
+        Amounts(1, usage.prompt_tokens * max(1, event.choices), 0, usage.completion_tokens),
         broken_off=event.outcome in _BROKEN_OFF,
         told_by_engine=event.usage_source == UsageSource.USAGE_SOURCE_ENGINE and not event.usage_clamped,
     )

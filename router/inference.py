@@ -289,6 +289,7 @@ class Inference:
         parsed = self._parsed = requests.parse(request.endpoint, request.body)
         self._prompt_tokens = requests.estimate_tokens(request.body)
         self._record.streamed = parsed.stream
+        self._record.choices = parsed.prompt_choices
         model = self._engine.registry.snapshot.find_model(parsed.model, request.principal.allowed_models)
         self._record.model = model.model_id
         check_endpoint(model, request.endpoint)

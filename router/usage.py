@@ -158,6 +158,7 @@ class UsageRecord:
     model: str = ""
     backend_id: str = ""
     streamed: bool = False
+    choices: int = 1
     first_byte: float | None = None
     attempts: list[AttemptRecord] = field(default_factory=list)
     usage: TokenUsage = field(default_factory=TokenUsage)
@@ -181,6 +182,7 @@ def open_event(record: UsageRecord, router_id: str) -> UsageEvent:
         endpoint=record.endpoint,
         model=record.model,
         streamed=record.streamed,
+        choices=record.choices,
         router_id=router_id,
     )
     if record.idempotency_key:

@@ -1,7 +1,7 @@
 """All of identity's SQL: one module a table, one transaction for all of them; it never decides what is allowed.
 
-Every query names the organization, but for the two that find out which one it is: a user by its address, and an API
-key by its id.
+Every query that serves people names the organization, but for the two that find out which one it is: a user by its
+address, and an API key by its id. Routers' leases are found by their router.
 """
 
 from __future__ import annotations

@@ -242,7 +242,7 @@ class BudgetLeaseRows:
                 after.model,
             )
         rows = await self._connection.fetch(
-            "SELECT organization_id, budget_id, b.unit, hour_start, api_key_id, lines.model,"
+            "SELECT organization_id, budget_id, b.unit, hour_start, lines.api_key_id, lines.model,"
             " sum(spent)::bigint AS spent, sum(requests)::bigint AS requests FROM ("
             " SELECT organization_id, budget_id, hour_start, api_key_id, model, spent, requests FROM budget_ledger"
             f" WHERE {query} UNION ALL"

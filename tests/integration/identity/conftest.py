@@ -8,6 +8,7 @@ import pytest
 from mesh.migrate import migrate
 from tests.integration.identity.budgeting import Ledger, ledger_of
 from tests.integration.identity.harness import Identity, running_identity
+from tests.integration.identity.leasing import UNBALANCED, UNTOLD, Router
 
 
 @pytest.fixture
@@ -29,3 +30,17 @@ async def ledger(database_url: str) -> AsyncIterator[Ledger]:
     """The running periods of the budgets."""
     async with ledger_of(database_url) as ledger:
         yield ledger
+
+
+@pytest.fixture
+async def organization_id(identity: Identity) -> str:
+    """A new organization."""
+    return await identity.organization()
+
+
+@pytest.fixture
+async def router(identity: Identity, ledger: Ledger) -> AsyncIterator[Router]:
+    """A router that leases. Whatever a test has it do, periods, leases and the ledger say the same afterwards."""
+    yield Router(identity)
+    assert await ledger.fetch(UNBALANCED) == []
+    assert await ledger.fetch(UNTOLD) == []

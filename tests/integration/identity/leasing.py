@@ -10,7 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from aiaas.identity.v1 import budget_service_pb2 as pb
 from mesh.errors import PlatformError
-from tests.integration.identity.budgeting import Ledger
+from tests.integration.identity.budgeting import Ledger, get
 from tests.integration.identity.harness import Identity
 
 ACTIVE = pb.BUDGET_LEASE_STATE_ACTIVE
@@ -107,9 +107,7 @@ class Router:
 
     def to_renew(self, *reports: pb.LeaseReport) -> pb.RenewRequest:
         """A request as `renew` sends it."""
-        return pb.RenewRequest(
-            router_id=self.router_id, router_instance_id=self.router_instance_id, reports=reports
-        )
+        return pb.RenewRequest(router_id=self.router_id, router_instance_id=self.router_instance_id, reports=reports)
 
     async def renew_refused(self, *reports: pb.LeaseReport) -> PlatformError:
         """The error of reports that must be refused."""
@@ -121,9 +119,7 @@ class Router:
 
     def to_release(self, *reports: pb.LeaseReport) -> pb.ReleaseRequest:
         """A request as `release` sends it."""
-        return pb.ReleaseRequest(
-            router_id=self.router_id, router_instance_id=self.router_instance_id, reports=reports
-        )
+        return pb.ReleaseRequest(router_id=self.router_id, router_instance_id=self.router_instance_id, reports=reports)
 
     async def settle(self, *settlements: pb.LeaseSettlement) -> list[pb.BudgetLease]:
         """The leases after their settlements."""
@@ -148,6 +144,12 @@ async def let_expire(ledger: Ledger, *leases: pb.BudgetLease) -> None:
         " WHERE budget_lease_id = ANY ($1::text[])",
         [lease.budget_lease_id for lease in leases],
     )
+
+
+async def period(identity: Identity, budget: pb.Budget) -> tuple[int, int]:
+    """What is spent and what is leased of the running period."""
+    current = (await get(identity, budget)).current_period
+    return current.spent, current.leased
 
 
 async def totals(identity: Identity, organization_id: str = "", **fields: Any) -> list[tuple[str, str, str, int, int]]:
