@@ -5,13 +5,13 @@ from datetime import datetime
 from aiaas.identity.v1 import api_key_service_pb2 as pb
 from aiaas.identity.v1 import api_key_service_pb2_grpc
 from identity.api_keys import CHANGEABLE, ApiKey, ApiKeys, ApiKeyState
-from identity.conversions import from_timestamp, to_timestamp
 from identity.fields import check_filter, check_id, invalid
 from identity.principals import caller
-from identity.updates import etag_of, fields_to_change
 from mesh.auth import RateLimits
 from mesh.clock import Clock
+from mesh.conversions import from_timestamp, to_timestamp
 from mesh.pages import TimePlace, cut, read_page_size, read_token
+from mesh.updates import etag_of, fields_to_change
 
 _STATES = {
     pb.API_KEY_STATE_ACTIVE: ApiKeyState.ACTIVE,

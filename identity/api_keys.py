@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 from identity import fields, roles
 from identity.organizations import existing
-from identity.updates import check_etag
 from mesh import api_key
 from mesh.auth import Principal, RateLimits
 from mesh.clock import Clock
 from mesh.errors import PlatformError, Reason
 from mesh.pages import TimePlace
+from mesh.updates import check_etag
 
 if TYPE_CHECKING:
     from identity.stores import Store, Transaction

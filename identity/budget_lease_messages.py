@@ -23,8 +23,8 @@ from identity.budget_leases import (
     Run,
 )
 from identity.budget_messages import UNIT_NUMBERS
-from identity.conversions import from_timestamp, to_timestamp
 from identity.fields import check_id, invalid
+from mesh.conversions import from_timestamp, to_timestamp
 
 LEASE_STATES = {
     pb.BUDGET_LEASE_STATE_ACTIVE: BudgetLeaseState.ACTIVE,

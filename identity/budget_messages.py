@@ -8,9 +8,9 @@ from typing import Any
 from aiaas.identity.v1 import budget_service_pb2 as pb
 from identity.budget_overrides import BudgetOverride, BudgetOverrideState
 from identity.budgets import SUBJECTS, Budget, BudgetAlert, BudgetInterval, BudgetPeriod, BudgetUnit
-from identity.conversions import from_timestamp, to_timestamp
 from identity.fields import check_id, invalid
-from identity.updates import etag_of
+from mesh.conversions import from_timestamp, to_timestamp
+from mesh.updates import etag_of
 
 UNITS = {
     pb.BUDGET_UNIT_COST: BudgetUnit.COST,

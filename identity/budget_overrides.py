@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 from identity import fields
 from identity.budgets import LARGEST, Budget, budget
-from identity.updates import check_etag
 from mesh.auth import Principal
 from mesh.clock import Clock
 from mesh.errors import PlatformError, Reason
 from mesh.ids import new_id
 from mesh.pages import TimePlace
+from mesh.updates import check_etag
 
 if TYPE_CHECKING:
     from identity.stores import Store, Transaction

@@ -33,8 +33,8 @@ from identity.budget_overrides import BudgetOverrides
 from identity.budgets import CHANGEABLE, SUBJECTS, Budgets, check_model
 from identity.fields import check_filter, check_id, invalid
 from identity.principals import caller
-from identity.updates import fields_to_change
 from mesh.pages import TimePlace, cut, read_page_size, read_token
+from mesh.updates import fields_to_change
 
 
 class BudgetService(budget_service_pb2_grpc.BudgetServiceServicer):

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from identity import fields
 from identity.organizations import existing
-from identity.updates import check_etag
 from mesh.clock import Clock
 from mesh.errors import PlatformError, Reason
 from mesh.ids import new_id
 from mesh.pages import TimePlace
+from mesh.updates import check_etag
 
 if TYPE_CHECKING:
     from identity.stores import Store, Transaction

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 from identity import fields
 from identity.organizations import existing
 from identity.roles import BUILT_IN, PLATFORM_ADMIN, PROTECTED, TENANT_PERMISSIONS, Role, is_known_in
-from identity.updates import check_etag
 from mesh.auth import Principal
 from mesh.clock import Clock
 from mesh.errors import PlatformError, Reason
 from mesh.ids import new_id
 from mesh.pages import TimePlace
+from mesh.updates import check_etag
 
 if TYPE_CHECKING:
     from identity.stores import Store, Transaction

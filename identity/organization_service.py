@@ -2,13 +2,13 @@
 
 from aiaas.identity.v1 import organization_service_pb2 as pb
 from aiaas.identity.v1 import organization_service_pb2_grpc
-from identity.conversions import to_timestamp
 from identity.fields import check_id, invalid
 from identity.organizations import CHANGEABLE, Organization, Organizations, OrganizationState
 from identity.principals import caller
-from identity.updates import etag_of, fields_to_change
 from mesh.auth import RateLimits
+from mesh.conversions import to_timestamp
 from mesh.pages import TimePlace, cut, read_page_size, read_token
+from mesh.updates import etag_of, fields_to_change
 
 _STATES = {
     pb.ORGANIZATION_STATE_ACTIVE: OrganizationState.ACTIVE,

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from identity import fields
 from identity.roles import PLATFORM_ORGANIZATION_ID
-from identity.updates import check_etag
 from mesh.auth import Principal, RateLimits
 from mesh.clock import Clock
 from mesh.errors import PlatformError, Reason
 from mesh.ids import new_id
 from mesh.pages import TimePlace
+from mesh.updates import check_etag
 
 if TYPE_CHECKING:
     from identity.stores import Store, Transaction

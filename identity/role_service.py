@@ -2,13 +2,13 @@
 
 from aiaas.identity.v1 import role_service_pb2 as pb
 from aiaas.identity.v1 import role_service_pb2_grpc
-from identity.conversions import to_timestamp
 from identity.custom_roles import CHANGEABLE, Roles
 from identity.fields import check_id, check_once
 from identity.principals import caller
 from identity.roles import Role
-from identity.updates import etag_of, fields_to_change
+from mesh.conversions import to_timestamp
 from mesh.pages import TimePlace, cut, read_page_size, read_token
+from mesh.updates import etag_of, fields_to_change
 
 
 class RoleService(role_service_pb2_grpc.RoleServiceServicer):

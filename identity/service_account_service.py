@@ -2,12 +2,12 @@
 
 from aiaas.identity.v1 import service_account_service_pb2 as pb
 from aiaas.identity.v1 import service_account_service_pb2_grpc
-from identity.conversions import to_timestamp
 from identity.fields import check_id
 from identity.principals import caller
 from identity.service_accounts import CHANGEABLE, ServiceAccount, ServiceAccounts
-from identity.updates import etag_of, fields_to_change
+from mesh.conversions import to_timestamp
 from mesh.pages import TimePlace, cut, read_page_size, read_token
+from mesh.updates import etag_of, fields_to_change
 
 
 class ServiceAccountService(service_account_service_pb2_grpc.ServiceAccountServiceServicer):

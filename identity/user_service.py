@@ -2,12 +2,12 @@
 
 from aiaas.identity.v1 import user_service_pb2 as pb
 from aiaas.identity.v1 import user_service_pb2_grpc
-from identity.conversions import to_timestamp
 from identity.fields import check_email, check_filter, check_id
 from identity.principals import caller
-from identity.updates import etag_of, fields_to_change
 from identity.users import CHANGEABLE, User, Users, UserState
+from mesh.conversions import to_timestamp
 from mesh.pages import TimePlace, cut, read_page_size, read_token
+from mesh.updates import etag_of, fields_to_change
 
 _STATE_NUMBERS = {UserState.ACTIVE: pb.USER_STATE_ACTIVE, UserState.SUSPENDED: pb.USER_STATE_SUSPENDED}
 

@@ -12,12 +12,12 @@ from identity import fields
 from identity.custom_roles import check_assignment
 from identity.organizations import existing
 from identity.roles import OWNER
-from identity.updates import check_etag
 from mesh.auth import Principal
 from mesh.clock import Clock
 from mesh.errors import PlatformError, Reason
 from mesh.ids import new_id
 from mesh.pages import TimePlace
+from mesh.updates import check_etag
 
 if TYPE_CHECKING:
     from identity.stores import Store, Transaction

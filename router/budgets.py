@@ -486,7 +486,11 @@ class Budgets:
                 nobody = Spender(lease.create_time.seconds // _HOUR_S * _HOUR_S, "", "")
                 lines[nobody] = (lease.spent - known, 0)
             settlement = to_settlement(lease_id, lines)
-            await self._ledger.settle(pb.SettleRequest(router_id=self._router_id, settlements=[settlement]))
+            try:
+                await self._ledger.settle(pb.SettleRequest(router_id=self._router_id, settlements=[settlement]))
+            except PlatformError as error:
+                # One that cannot be settled must not keep the others from it.
+                logger.error("lease %s of a former run could not be settled: %s", lease_id, error.reason.value)
 
     def _call(self, call: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Start a call that goes on if the request that wants it is cancelled: what it brings is of use to others. It

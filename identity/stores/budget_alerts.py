@@ -10,8 +10,8 @@ from datetime import datetime
 from aiaas.type.v1 import platform_event_pb2
 from identity import metrics
 from identity.budgets import BudgetAlert
-from identity.conversions import to_timestamp
 from identity.stores.rows import Connection, Query, Row
+from mesh.conversions import to_timestamp
 from mesh.ids import new_id
 from mesh.pages import TimePlace
 

@@ -90,6 +90,13 @@ def test_an_engine_that_counted_what_was_used_agrees() -> None:
     assert exact.residual() == (0, 0)
 
 
+def test_an_engine_counts_a_prompt_for_each_of_its_answers() -> None:
+    windows = [EngineWindow("b", NOON, NOON + HOUR, 30, 0, 5, False)]
+    made = EngineBalance(windows)
+    made.add(request(5, 1, choices=3))
+    assert made.difference() is None
+
+
 @pytest.mark.parametrize(("counted", "residual"), [((12, 5), (2, 0)), ((10, 4), (0, -1)), ((0, 9), (-10, 4))])
 def test_an_engine_that_counted_anything_else_differs(counted: tuple[int, int], residual: tuple[int, int]) -> None:
     other = balance(counted)

@@ -5,8 +5,8 @@ from google.protobuf.field_mask_pb2 import FieldMask
 
 from aiaas.identity.v1.api_key_service_pb2 import ApiKey
 from aiaas.type.v1.limits_pb2 import RateLimits
-from identity.updates import check_etag, fields_to_change
 from mesh.errors import PlatformError, Reason
+from mesh.updates import check_etag, fields_to_change
 
 CHANGEABLE = ("display_name", "rate_limits")
 
