@@ -26,7 +26,6 @@ class RouterConfig:
     journal_path: str = setting(
         "AIAAS_ROUTER_JOURNAL_PATH",
         "folder of the journal of requests: of this router alone, and kept over restarts, since it is what is billed",
-        default="journal",
     )
     journal_limit_bytes: Annotated[int, msgspec.Meta(ge=16 << 20)] = setting(
         "AIAAS_ROUTER_JOURNAL_LIMIT_BYTES",

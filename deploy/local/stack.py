@@ -200,6 +200,8 @@ class _Composition:
                 f"AIAAS_{upper}_REDIS_URL": self.valkey.url,
                 f"AIAAS_{upper}_AMQP_URL": self.rabbitmq.url,
             }
+        if service == "router":
+            own["AIAAS_ROUTER_JOURNAL_PATH"] = str(self.state.folder("router") / "journal")
         if service == "analytics":
             own |= {
                 # It asks routers once an hour, and starts without them.

@@ -203,6 +203,7 @@ async def start_gateway(stack: Stack, state: State, settings: dict[str, str], ro
         "AIAAS_ROUTER_OPS_ADDRESS": f"{HOST}:{ops_port}",
         "AIAAS_ROUTER_DRAIN_S": "5",
         "AIAAS_ROUTER_IDENTITY_TARGET": stack.grpc["identity"],
+        "AIAAS_ROUTER_JOURNAL_PATH": "journal",
         "AIAAS_ROUTER_DATABASE_URL": stack.postgres.url("router"),
         "AIAAS_ROUTER_REDIS_URL": stack.valkey.url,
         "AIAAS_ROUTER_AMQP_URL": stack.rabbitmq.url,

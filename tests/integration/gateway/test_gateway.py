@@ -143,6 +143,7 @@ def test_gateway_has_one_worker() -> None:
             "ROUTER_REDIS_URL",
             "ROUTER_AMQP_URL",
             "ROUTER_IDENTITY_TARGET",
+            "ROUTER_JOURNAL_PATH",
         )
     }
     assert load(GatewayConfig, environ).edge.workers == 1

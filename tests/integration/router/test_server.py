@@ -143,6 +143,7 @@ async def test_process_starts_and_stops_on_a_signal(config: RouterConfig, ops_po
         "AIAAS_ROUTER_REDIS_URL": config.redis_url,
         "AIAAS_ROUTER_AMQP_URL": config.amqp_url,
         "AIAAS_ROUTER_IDENTITY_TARGET": config.identity_target,
+        "AIAAS_ROUTER_JOURNAL_PATH": config.journal_path,
         "AIAAS_ROUTER_GRPC_ADDRESS": config.grpc_address,
         "AIAAS_ROUTER_OPS_ADDRESS": f"127.0.0.1:{ops_port}",
     }
