@@ -7,12 +7,16 @@ other calls of the edge go through the router's gRPC server as ever.
 from __future__ import annotations
 
 import asyncio
+import logging
 
 import edge.server
 import router.server
 from aiaas.router.v1 import inference_service_pb2 as pb
 from gateway.config import GatewayConfig
+from mesh.errors import PlatformError
 from router.relay import Relays
+
+logger = logging.getLogger(__name__)
 
 
 async def serve(config: GatewayConfig, stop: asyncio.Event) -> None:
@@ -43,7 +47,11 @@ class MemoryStream:
 
     async def read(self) -> pb.RelayBatch | None:
         """See `edge.relay.RelayStream.read`."""
-        return await anext(self._batches, None)
+        try:
+            return await anext(self._batches, None)
+        except PlatformError as error:
+            logger.warning("a relay has ended: %s", error.reason.value)
+            return None
 
     async def close(self) -> None:
         """See `edge.relay.RelayStream.close`."""

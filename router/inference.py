@@ -2,8 +2,8 @@
 
 Every RPC that infers ends here. Whatever way a request goes out, answered, refused, failed, cancelled, past its
 deadline or broken off, its upstream connection is closed, what it reserved is settled, and exactly one usage event is
-written. All of it happens without awaiting anything, so that no cancellation can come between. And no byte of an answer
-leaves before the journal would remember, after a crash, that there was a request.
+written. All of it happens without awaiting anything, so that no cancellation can come between. The journal hears of a
+request before its engine does; whoever sends an answer has it write that down first.
 """
 
 from __future__ import annotations
@@ -397,8 +397,7 @@ class Inference:
 
     def _begin(self, content_type: str) -> None:
         """Send the head. Raises PlatformError(USAGE_UNRECORDABLE), and then has sent nothing."""
-        if self._entry is not None:
-            self._entry.make_durable()
+        self._engine.journal.check()
         # No other backend will be asked. A stream lasts for minutes, and its prompt may be megabytes.
         self._parsed = None
         self._request.body = b""

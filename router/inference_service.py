@@ -63,6 +63,8 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
         running = asyncio.create_task(reader.run(inference))
         try:
             async for response in reader.responses():
+                # Nothing leaves before the journal has it.
+                self._engine.journal.secure()
                 yield response
         finally:
             inference.abandon()

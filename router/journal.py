@@ -66,13 +66,6 @@ class Entry:
         self._fragment = b""
         self.progress: Callable[[], bytes | None] | None = None
 
-    def make_durable(self) -> None:
-        """Outlive this process from now on; to be called before the first byte leaves.
-
-        Raises PlatformError(USAGE_UNRECORDABLE) if that cannot be written.
-        """
-        self._journal._make_durable(self._number)
-
     def checkpoint(self, fragment: bytes) -> None:
         """Remember a fragment that merges over the begun event, instead of the one before; it is written with the next
         commit."""
@@ -158,8 +151,7 @@ class Journal:
         """
         if self._is_full or self._cannot_fold:
             raise _unrecordable()
-        if self._cannot_append:
-            self.commit()
+        self.check()
         self._last_number = number = self._last_number + 1
         entry = self._open[number] = Entry(self, number, event)
         self._put(Change(number, False, 0, event))
@@ -178,6 +170,20 @@ class Journal:
         self._drops = False
         self._last_number = number = self._last_number + 1
         self._put(Change(number, True, self._now_micros(), event))
+
+    def check(self) -> None:
+        """Raises PlatformError(USAGE_UNRECORDABLE) while what was queued cannot be written, and tries again first."""
+        if self._cannot_append:
+            self.commit()
+
+    def secure(self) -> None:
+        """To be called before anything leaves: all that is known outlives this process then. While nothing can be
+        written, only what began before may leave; `check` says so of what begins.
+
+        Raises PlatformError(USAGE_UNRECORDABLE) once, when writing begins to fail: then nothing may leave.
+        """
+        if self._queue and not self._cannot_append:
+            self.commit()
 
     def commit(self) -> None:
         """Make all that is known outlive this process, by one append to the log.
@@ -259,10 +265,6 @@ class Journal:
         if self._queue:
             logger.error("%d changes of usage could not be written before the end", len(self._queue))
         self._held.close()
-
-    def _make_durable(self, number: int) -> None:
-        if number in self._queue:
-            self.commit()
 
     def _checkpoint(self, number: int, event: bytes) -> None:
         if number in self._open:

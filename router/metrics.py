@@ -44,6 +44,12 @@ RATE_LIMIT_DECISIONS = Counter(
 )
 RATE_LIMIT_ROUTERS = Gauge("aiaas_router_rate_limit_routers", "Live routers, as this one knew last.")
 
+IDEMPOTENCY_DECISIONS = Counter(
+    "aiaas_router_idempotency_decisions",
+    "Requests with an Idempotency-Key: those that ran, were answered with a kept answer, or were refused, and why.",
+    ["decision"],
+)
+
 BUDGET_LEASES = Gauge("aiaas_router_budget_leases", "Leases of budgets that this router holds.")
 BUDGET_REFUSALS = Counter(
     "aiaas_router_budget_refusals",

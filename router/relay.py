@@ -65,9 +65,15 @@ class Relay:
         self._tasks: set[asyncio.Task[None]] = set()
         self._last_opened = False
 
-    def batches(self) -> AsyncIterator[pb.RelayBatch]:
-        """What goes to the edge; it ends when the relay was drained and all inferences have finished."""
-        return self._outbox.batches()
+    async def batches(self) -> AsyncIterator[pb.RelayBatch]:
+        """What goes to the edge; it ends when the relay was drained and all inferences have finished.
+
+        Nothing leaves before the journal has it: one write for all requests of a batch. Raises
+        PlatformError(USAGE_UNRECORDABLE), and what runs on this relay ends.
+        """
+        async for batch in self._outbox.batches():
+            self._engine.journal.secure()
+            yield batch
 
     def receive(self, batch: pb.RelayBatch) -> None:
         """Take what came from the edge."""

@@ -128,6 +128,10 @@ def clamp_usage(
 ) -> tuple[TokenUsage, bool]:
     """What is billed of `usage`, and whether that differs from it: an answer has at least the tokens that were counted
     as they passed, and no request uses more than its ceiling."""
+    if 0 <= usage.prompt_tokens <= ceiling_prompt_tokens and (
+        counted_tokens <= usage.completion_tokens <= ceiling_completion_tokens
+    ):
+        return usage, False
     prompt = min(max(0, usage.prompt_tokens), ceiling_prompt_tokens)
     completion = min(max(usage.completion_tokens, counted_tokens), ceiling_completion_tokens)
     clamped = _counts(prompt, usage.cached_prompt_tokens, completion, usage.reasoning_tokens)

@@ -180,7 +180,7 @@ class RouterLife:
         running = Running(record, event, entry, allowed)
         made.append(running)
         entry.progress = running.progress
-        entry.make_durable()
+        self.journal.commit()
         self.running.append(running)
         return running
 

@@ -131,6 +131,11 @@ class Router:
         call: Any = self.inference.Relay()  # type: ignore[call-arg]  # frames are written
         return RelayClient(call, call.write)
 
+    async def new_relay(self) -> None:
+        """Have the next inferences travel on another relay."""
+        await self.relay.close()
+        del self.relay
+
     async def close(self) -> None:
         if "relay" in self.__dict__:
             await self.relay.close()

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
@@ -235,6 +236,36 @@ async def test_unhealthy_backend_leaves_and_returns(router: Router, engines: Eng
     await until(lambda: router.has_health("first", BACKEND_HEALTH_HEALTHY), within_s=5)
     await asyncio.gather(*(router.answer(CHAT) for _ in range(20)))
     assert engines[0].received
+
+
+async def test_nothing_leaves_that_the_journal_would_not_remember(
+    router: Router, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = asyncio.Event()
+    engines[0].default = engines[1].default = replace(chat_stream("secret"), before=[go_on])
+    answering = asyncio.create_task(router.answer(STREAM))
+    await until(lambda: bool(engines[0].received or engines[1].received))
+
+    def no_space(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("router.journal_log.Log.append", no_space)
+        go_on.set()
+        if router.way == "Infer":
+            lost = await answering
+            assert (lost.head, lost.data) == (None, b"")
+            assert lost.error is not None
+        else:
+            # The whole relay ends, and an edge opens another.
+            await until(lambda: router.relay.has_ended)
+            answering.cancel()
+            await router.new_relay()
+        refused = await router.answer(STREAM)
+        assert (refused.head, refused.data) == (None, b"")
+        assert refused.error is not None
+        assert refused.error.reason is Reason.USAGE_UNRECORDABLE
+    assert (await router.answer(STREAM)).error is None
 
 
 async def test_served_models_are_those_the_caller_may_use(router: Router, engines: Engines) -> None:

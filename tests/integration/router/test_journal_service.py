@@ -128,7 +128,8 @@ async def served(tmp_path: Path) -> AsyncIterator[Serving]:
     async with serving(tmp_path, AwayBroker()) as served:
         for number in range(9):
             served.journal.record(event(number))
-        served.journal.begin(event(9)).make_durable()
+        served.journal.begin(event(9))
+        served.journal.commit()
         yield served
 
 
@@ -289,7 +290,8 @@ async def test_command_line_reads_the_folder_of_a_killed_router_and_leaves_it_as
     await journal.sync()
     # Of this only the log knows.
     journal.record(event(1))
-    journal.begin(event(2)).make_durable()
+    journal.begin(event(2))
+    journal.commit()
 
     async def run(*arguments: str) -> tuple[int, list[Any], str]:
         status = await asyncio.to_thread(journal_cli.main, [*arguments, "--folder", str(folder)])

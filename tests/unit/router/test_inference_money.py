@@ -25,7 +25,6 @@ from mesh.errors import PlatformError, Reason
 from router.backends import RegistryContent
 from router.ceilings import Ceiling
 from router.inference import Head
-from router.journal import Entry
 from router.leases import Account, Charge, Lease, Reservation, Spender
 from tests.doubles.scripted_backend import Answer, chat_document, chat_stream, chunk, failure, sse
 from tests.unit.router.world import CHAT, EVENTS, MODEL, PRICE, STREAM, World, until
@@ -159,19 +158,6 @@ async def test_stream_whose_lease_ends_is_stopped_and_charged_what_it_had(world:
     event = world.event()
     assert (event.outcome, event.reason, event.budgets[0].charged) == (OUTCOME_TRUNCATED, "unavailable", 2)
     await until(world.first.received[0].abandoned.is_set, within_s=1)
-
-
-@pytest.mark.parametrize("body", [CHAT, STREAM], ids=["document", "stream"])
-async def test_no_byte_leaves_that_the_journal_would_not_remember(
-    world: World, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(_: Entry) -> None:
-        raise PlatformError(Reason.USAGE_UNRECORDABLE)
-
-    monkeypatch.setattr(Entry, "make_durable", refuse)
-    world.first.default = chat_stream("a") if body is STREAM else chat_document()
-    assert (await world.refusal(body)).reason is Reason.USAGE_UNRECORDABLE
-    assert world.event().outcome == OUTCOME_FAILED
 
 
 async def test_begun_request_is_in_the_journal_with_all_that_bills_it(world: World) -> None:

@@ -99,7 +99,7 @@ async def publish(journal: Journal, attempts: int = 1) -> list[str]:
 async def test_an_entry_is_open_then_unpublished_then_published(tmp_path: Path) -> None:
     journal = open_journal(tmp_path)
     entry = journal.begin(event("req_1"))
-    entry.make_durable()
+    journal.commit()
     assert await states(journal) == {"req_1": State.OPEN}
     assert journal.open_entries == 1
     entry.end(event("req_1", reason="done"))
@@ -151,7 +151,8 @@ async def test_a_file_that_is_no_journal_is_refused_by_name(tmp_path: Path) -> N
 
 async def test_what_was_made_durable_outlives_the_process_and_is_aborted(tmp_path: Path) -> None:
     journal = open_journal(tmp_path)
-    journal.begin(event("req_1")).make_durable()
+    journal.begin(event("req_1"))
+    journal.commit()
     journal.begin(event("req_2"))
     crash(journal)
     journal = open_journal(tmp_path)
@@ -174,7 +175,7 @@ async def test_an_aborted_request_is_billed_to_its_last_checkpoint_once(tmp_path
     clock = ManualClock(NOW)
     journal = open_journal(tmp_path, clock)
     entry = journal.begin(event("req_1", streamed=True))
-    entry.make_durable()
+    journal.commit()
     for second in range(1, 4):
         clock.advance(1)
         entry.checkpoint(UsageEvent(usage=TokenUsage(completion_tokens=10 * second)).SerializeToString())
@@ -201,7 +202,8 @@ async def test_one_that_cannot_be_settled_does_not_keep_the_router_from_starting
 
     journal = open_journal(tmp_path)
     for number in range(3):
-        journal.begin(event(f"req_{number}")).make_durable()
+        journal.begin(event(f"req_{number}"))
+        journal.commit()
     crash(journal)
     journal = open_journal(tmp_path, settle=settle)
     assert [told.cost_micros for _, _, told in await kept(journal)] == [7, 0, 7]
@@ -236,7 +238,7 @@ async def test_progress_is_asked_each_second_and_only_what_changed_is_written(
         for tell in (broken, progress, lambda: None):
             entry = journal.begin(event("req"))
             entry.progress = tell
-            entry.make_durable()
+            journal.commit()
         await until(lambda: asked > 20)
         tokens = 2
         await until(lambda: len(written) >= 5)
@@ -258,7 +260,7 @@ async def test_a_short_request_is_written_once(tmp_path: Path) -> None:
 async def test_an_end_is_written_within_the_commit_time_by_itself(tmp_path: Path) -> None:
     journal = open_journal(tmp_path)
     entry = journal.begin(event("req_1"))
-    entry.make_durable()
+    journal.commit()
     entry.end(event("req_1", reason="done"))
     await until(lambda: not journal._queue, 1)
     crash(journal)
@@ -272,7 +274,7 @@ async def test_killed_between_the_fold_and_its_log_counts_nothing_twice(tmp_path
     journal = open_journal(tmp_path / "journal")
     journal.begin(event("req_1")).end(event("req_1"))
     open_one = journal.begin(event("req_2"))
-    open_one.make_durable()
+    journal.commit()
     log = {name: (tmp_path / "journal" / name).read_bytes() for name in ("log-0", "log-1")}
     await journal.sync()
     open_one.end(event("req_2", reason="done"))
@@ -323,7 +325,8 @@ def test_append_that_failed_in_the_middle_leaves_nothing(tmp_path: Path, monkeyp
 async def test_log_files_take_turns_and_stay_small(tmp_path: Path) -> None:
     journal = open_journal(tmp_path)
     for number in range(50):
-        journal.begin(event(f"req_{number}")).make_durable()
+        journal.begin(event(f"req_{number}"))
+        journal.commit()
         await journal.sync()
     assert sum((tmp_path / name).stat().st_size for name in ("log-0", "log-1")) < 1000
     assert len(await states(journal)) == 50
@@ -339,13 +342,13 @@ async def test_log_that_cannot_be_written_refuses_requests_until_it_can(
 ) -> None:
     journal = open_journal(tmp_path)
     entry = journal.begin(event("req_1"))
-    entry.make_durable()
+    journal.commit()
     waiting = journal.begin(event("req_2"))
     with monkeypatch.context() as patch:
         patch.setattr(journal._log, "append", no_space)
         for _ in range(2):
             with pytest.raises(PlatformError) as refused:
-                waiting.make_durable()
+                journal.commit()
             assert refused.value.reason is Reason.USAGE_UNRECORDABLE
         waiting.end(event("req_2", reason="usage_unrecordable"))
         with pytest.raises(PlatformError):
@@ -354,7 +357,8 @@ async def test_log_that_cannot_be_written_refuses_requests_until_it_can(
         journal.record(event("req_4"))
         await journal.sync()
     assert [record.levelname for record in caplog.records] == ["ERROR"]
-    journal.begin(event("req_5")).make_durable()
+    journal.begin(event("req_5"))
+    journal.commit()
     told = {request_id: told.reason for request_id, _, told in await kept(journal)}
     assert told == {"req_1": "done", "req_2": "usage_unrecordable", "req_4": "", "req_5": ""}
     await journal.close()
@@ -433,8 +437,8 @@ async def test_full_journal_refuses_requests_and_heals_when_others_are_published
         found, _ = await journal.read_unpublished(admitted // 2, 1 << 30, ())
         journal.mark_published({key: 1 for key, _ in found})
         await until(lambda: not journal._is_large)
-        again = journal.begin(event("req_again"))
-        again.make_durable()
+        journal.begin(event("req_again"))
+        journal.commit()
     left = await states(journal)
     # The oldest went, none of those that wait, and not more than was needed.
     waiting = {f"req_{number:06}" for number in range(admitted // 2, admitted)}

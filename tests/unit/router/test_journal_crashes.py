@@ -98,13 +98,10 @@ class JournalModel(RuleBasedStateMachine):
         self.do(self.journal.record, event(request_id, outcome=OUTCOME_SUCCEEDED, usage=tokens(produced)))
         self.told[request_id] = (State.UNPUBLISHED, produced)
 
-    @precondition(lambda self: self.entries)
-    @rule(data=st.data())
-    def make_durable(self, data: st.DataObject) -> None:
-        request_id = self.pick(data)
-        self.do(self.entries[request_id].make_durable)
-        if request_id in self.told:
-            self.commit()
+    @rule()
+    def make_durable(self) -> None:
+        self.do(self.journal.commit)
+        self.commit()
 
     @precondition(lambda self: self.entries)
     @rule(data=st.data(), produced=st.integers(1, 100))
@@ -194,8 +191,6 @@ class TestJournalModel(JournalModel.TestCase):  # type: ignore[misc,valid-type] 
 async def _storm(folder: Path, durable: bool) -> None:
     """In a process of its own: begin, tell the request's id once it is durable, checkpoint, end, without a pause."""
     journal = Journal(folder, LIMIT_BYTES, SystemClock(), lambda _: None)
-    if not durable:
-        Entry.make_durable = lambda self: None  # type: ignore[method-assign]
 
     async def requests(client: int) -> None:
         number = 0
@@ -204,7 +199,8 @@ async def _storm(folder: Path, durable: bool) -> None:
             request_id = f"req_{client}_{number}"
             entry = journal.begin(event(request_id))
             await asyncio.sleep(0)
-            entry.make_durable()
+            if durable:
+                journal.commit()
             os.write(1, f"{request_id}\n".encode())
             for produced in range(number % 4):
                 entry.checkpoint(UsageEvent(usage=tokens(produced + 1)).SerializeToString())
@@ -267,7 +263,7 @@ def test_after_kill_9_every_durable_request_has_exactly_one_terminal_entry(tmp_p
         assert _recovered(folder) == counted
 
 
-def test_without_make_durable_the_same_test_finds_the_loss(tmp_path: Path) -> None:
+def test_without_a_commit_the_same_test_finds_the_loss(tmp_path: Path) -> None:
     for run in range(5):
         folder = tmp_path / str(run)
         durable = _killed_in_a_storm(folder, durable=False, after=100)

@@ -164,6 +164,7 @@ def test_event_tells_all_of_a_request() -> None:
         router_id="router-1",
         finish_reason="stop",
         idempotency_digest=hashlib.sha256(b"once").hexdigest(),
+        choices=1,
     )
     expected.admit_time.FromDatetime(ADMITTED)
     expected.end_time.FromDatetime(ADMITTED + timedelta(seconds=1.5))
