@@ -1,6 +1,6 @@
 # Everything a person or CI runs. `make up` and `make test` need nothing installed before.
 .DEFAULT_GOAL := help
-.PHONY: help up test test-one-process test-vllm check generate lock bench bench-guard bench-engine soak
+.PHONY: help up test test-one-process test-vllm check generate lock bench bench-guard bench-engine soak money money-switches
 
 PYTHON := .venv/bin/python
 BIN := .venv/bin
@@ -11,7 +11,7 @@ export GRPC_ENABLE_FORK_SUPPORT := 0
 CODE := mesh identity router analytics edge gateway deploy tests
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 up: ## Start the whole platform here, prove that it answers, stop it with Ctrl-C (PORT=8080, ENGINE=llamacpp|vllm)
 	@deploy/local/bootstrap.sh up
@@ -55,6 +55,14 @@ bench-engine: ## What we add to real vLLM (AIAAS_VLLM_PYTHON=... where it is ins
 soak: ## 1,000 streams for ten minutes (DURATION_S=600), slow readers among them, then a router that is killed
 	@deploy/local/bootstrap.sh up
 	@$(PYTHON) -m tests.load.soak
+
+money: ## Kill every part while money moves, then hold all books against each other (LINES=router,redis, LONG=1, SEED=7)
+	@deploy/local/bootstrap.sh up
+	@$(PYTHON) -m tests.money
+
+money-switches: ## Take one protection away after the other: `make money` must miss each
+	@deploy/local/bootstrap.sh up
+	@$(PYTHON) -m tests.money switches
 
 generate: ## Make gen/ from proto/
 	proto/generate.sh

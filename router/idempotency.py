@@ -243,7 +243,7 @@ class Claim:
 
     def end(self, *, succeeded: bool) -> None:
         """The request has ended: keep its answer, or give the key up. Returns at once and raises nothing."""
-        if not succeeded:
+        if not succeeded or not self._content_type:
             self._kept = self._compressor = None
             self._idempotency._release(self)
             return
@@ -290,11 +290,12 @@ def _refusal(decision: str) -> PlatformError:
             "Use another key to have it run, and billed, again.",
         )
     if decision == "full":
+        details: dict[str, Any] = {"limit": "idempotency", "x-should-retry": "false"}
         return PlatformError(
             Reason.RATE_LIMIT_EXCEEDED,
             description="Your organization has as many answers kept for Idempotency-Keys as it may have in 24 hours. "
             "Please try again later, or without the header.",
-            **{"limit": "idempotency", "x-should-retry": "false"},
+            **details,
         )
     return PlatformError(Reason.IDEMPOTENCY_KEY_REUSED)
 

@@ -51,7 +51,7 @@ def test_spent_budget_refuses_and_the_official_client_tries_once(platform: Platf
         OpenAI(base_url=f"{platform.base_url}/v1", api_key=tenant.secret, http_client=transport) as client,
         pytest.raises(RateLimitError) as refused,
     ):
-        client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=5)  # type: ignore[call-overload]
+        client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=5)  # type: ignore[arg-type]
     assert refused.value.body == {
         "message": "You exceeded your current quota, please check your budgets.",
         "type": "insufficient_quota",
