@@ -5,6 +5,9 @@ Whoever changes a lease holds its period's lock, and a lease is as old as `read_
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -24,6 +27,8 @@ from mesh.pages import Moment, Text, TimePlace
 if TYPE_CHECKING:
     from identity.stores import Store, Transaction
 
+logger = logging.getLogger(__name__)
+
 LEASE_TTL = timedelta(seconds=10)
 """So long a lease lasts from when it was given or extended."""
 
@@ -34,6 +39,11 @@ SHARE = 8
 """Ahead of need a router gets at most this part of what a hard budget has left, so that near the limit slices shrink to
 single requests."""
 
+REMEMBERED = timedelta(days=7)
+"""So long a settled lease is remembered, for a settlement or a report that comes again."""
+
+_FORGET_INTERVAL_S = 60.0
+_FORGOTTEN_AT_ONCE = 1000
 _ASKS = 64
 _REPORTS = 1000
 
@@ -316,6 +326,23 @@ class BudgetLeases:
             raise fields.invalid("end_time", "must lie after start_time")
         async with self._store.transaction() as stored:
             return await stored.budget_leases.total(organization_id, start_time, end_time, after, limit)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Forget old leases every minute until `stop` is set."""
+        while not stop.is_set():
+            try:
+                while await self.forget() == _FORGOTTEN_AT_ONCE and not stop.is_set():
+                    pass
+            except PlatformError as error:
+                logger.warning("old leases were not removed: %s", error.reason.value)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_FORGET_INTERVAL_S):
+                    await stop.wait()
+
+    async def forget(self) -> int:
+        """Remove settled leases that are older than anybody asks for, some at a time; gives how many."""
+        async with self._store.transaction() as stored:
+            return await stored.budget_leases.forget_settled(REMEMBERED, _FORGOTTEN_AT_ONCE)
 
     def _new(
         self, holder: Run, organization_id: str, ask: LeaseAsk, period: BudgetPeriod, now: datetime

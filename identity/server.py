@@ -109,7 +109,8 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
             overrides = BudgetOverrides(store, clock)
             changes = BudgetChanges(store)
             outbox = EventOutbox(store, broker)
-            budgets = BudgetService(Budgets(store, clock), overrides, BudgetLeases(store, clock), changes)
+            leases = BudgetLeases(store, clock)
+            budgets = BudgetService(Budgets(store, clock), overrides, leases, changes)
             grpc_server = GrpcServer(
                 config.grpc_address,
                 _services(store, principals, budgets, clock),
@@ -123,7 +124,7 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
             await grpc_server.start()
             try:
                 await ops_server.start()
-                for run in (last_uses.run, overrides.run, changes.run, outbox.run):
+                for run in (last_uses.run, overrides.run, leases.run, changes.run, outbox.run):
                     tasks.create_task(run(ended))
                 await stop.wait()
             finally:

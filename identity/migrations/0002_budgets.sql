@@ -103,6 +103,7 @@ CREATE TABLE budget_leases (
 CREATE UNIQUE INDEX budget_leases_by_request ON budget_leases (router_id, request_id, budget_id);
 CREATE INDEX budget_leases_by_budget ON budget_leases (budget_id, create_time, budget_lease_id);
 CREATE INDEX budget_leases_active ON budget_leases (budget_id, period_start) WHERE state = 'active';
+CREATE INDEX budget_leases_settled ON budget_leases (expire_time) WHERE state = 'settled';
 CREATE INDEX budget_leases_unsettled ON budget_leases (router_id, create_time, budget_lease_id) WHERE state <> 'settled';
 
 -- Where leases were spent, in running totals of each lease, so that a repeated report changes nothing. Those of a

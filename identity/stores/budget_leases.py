@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from identity.budget_leases import BudgetLease, BudgetLeaseState, LedgerLine, LedgerPlace, LedgerTotal, Run
 from identity.budgets import BudgetPeriod, BudgetUnit
@@ -119,6 +119,18 @@ class BudgetLeaseRows:
             [period.start_time for period in periods],
         )
         return {row["budget_id"] for row in rows}
+
+    async def forget_settled(self, older_than: timedelta, limit: int) -> int:
+        """Remove up to `limit` settled leases whose time was over so long ago; gives how many. Their spending stays in
+        the ledger."""
+        rows = await self._connection.fetch(
+            "DELETE FROM budget_leases WHERE budget_lease_id IN (SELECT budget_lease_id FROM budget_leases"
+            " WHERE state = 'settled' AND expire_time < clock_timestamp() - $1::interval"
+            " ORDER BY expire_time LIMIT $2 FOR UPDATE SKIP LOCKED) RETURNING 1",
+            older_than,
+            limit,
+        )
+        return len(rows)
 
     async def add(self, leases: Sequence[BudgetLease], request_id: str) -> None:
         """Store what a request is given, in periods that are locked."""

@@ -7,6 +7,10 @@ from typing import Any
 import pytest
 
 from aiaas.identity.v1 import budget_service_pb2 as pb
+from identity.budget_leases import BudgetLeases
+from identity.stores import Store
+from mesh.clock import SystemClock
+from mesh.database import Database
 from mesh.errors import Reason
 from tests.integration.identity.budgeting import Ledger, create
 from tests.integration.identity.harness import Identity
@@ -355,3 +359,26 @@ async def test_wrong_field_of_a_query_is_named(identity: Identity, fields: dict[
     request = pb.QueryLedgerRequest(**{"start_time": start, "end_time": start + timedelta(hours=1), **fields})
     error = await identity.refused(identity.budgets.QueryLedger, request)
     assert (error.reason, error.field) == (Reason.INVALID_ARGUMENT, field)
+
+
+async def test_old_settled_leases_are_forgotten_and_their_spending_is_not(
+    identity: Identity, ledger: Ledger, organization_id: str, database_url: str
+) -> None:
+    router = Router(identity)
+    budget = await create(identity, organization_id, limit=100)
+    settled, open_one = await expired(router, ledger, budget, 30), await router.lease(budget, needed=10)
+    await router.settle(settlement(settled, 20))
+    before = await totals(identity, organization_id)
+    database = Database(database_url)
+    leases = BudgetLeases(Store(database, announce_nothing), SystemClock())
+    assert await leases.forget() == 0
+    await ledger.fetch("UPDATE budget_leases SET expire_time = expire_time - interval '8 days' RETURNING 1")
+    assert await leases.forget() == 1
+    await database.close()
+    assert [lease.budget_lease_id for lease in await router.unsettled()] == [open_one.budget_lease_id]
+    assert await totals(identity, organization_id) == before
+    assert (await period(identity, budget))[0] == 20
+
+
+async def announce_nothing(_: object) -> None:
+    """No key is revoked here."""
