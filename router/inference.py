@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from functools import lru_cache
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
@@ -43,6 +43,9 @@ from router.requests import ParsedRequest
 from router.routing import RETRY_AFTER_S, Routing, check_endpoint
 from router.upstream import Timeouts, Upstream
 from router.usage import AttemptRecord, UsageRecord, clamp_usage, close_event, open_event
+
+if TYPE_CHECKING:
+    from router.idempotency import Claim, Idempotency
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +152,7 @@ class Engine:
         clock: Clock,
         timeouts: Timeouts,
         router_id: str,
+        idempotency: Idempotency,
     ) -> None:
         self.registry = registry
         self.routing = routing
@@ -159,6 +163,7 @@ class Engine:
         self.clock = clock
         self.timeouts = timeouts
         self.router_id = router_id
+        self.idempotency = idempotency
 
     def begin(self, request: InferenceRequest, reader: Reader, task: asyncio.Task[None] | None = None) -> Inference:
         """An inference that begins now, and goes on when it is run; in `task`, if that is known already."""
@@ -171,6 +176,7 @@ class Inference:
     __slots__ = (
         "_answer",
         "_ceiling",
+        "_claim",
         "_cut",
         "_engine",
         "_entry",
@@ -205,6 +211,7 @@ class Inference:
         self._task = task
         self._parsed: ParsedRequest | None = None
         self._prompt_tokens = 0
+        self._claim: Claim | None = None
         self._permit: Permit | None = None
         self._ceiling: Ceiling | None = None
         self._entry: Entry | None = None
@@ -221,10 +228,11 @@ class Inference:
         """Give the reader its answer; returns when it has the tail.
 
         Raises PlatformError: before the head for what is the client's fault (INVALID_JSON, UNKNOWN_FIELD,
-        INVALID_ARGUMENT, MODEL_NOT_FOUND, PERMISSION_DENIED), for want of room or money (RATE_LIMIT_EXCEEDED,
-        INSUFFICIENT_QUOTA), for what is the platform's (UNAVAILABLE, MODEL_NOT_PRICED, USAGE_UNRECORDABLE,
-        NO_BACKEND_AVAILABLE, BACKEND_ERROR, BACKEND_TIMEOUT); after it BACKEND_ERROR or BACKEND_TIMEOUT for an answer
-        that broke off, UNAVAILABLE for one whose budget can be charged no longer; DEADLINE_EXCEEDED at any time.
+        INVALID_ARGUMENT, MODEL_NOT_FOUND, PERMISSION_DENIED, IDEMPOTENCY_KEY_REUSED, IDEMPOTENCY_KEY_IN_USE), for want
+        of room or money (RATE_LIMIT_EXCEEDED, INSUFFICIENT_QUOTA), for what is the platform's (UNAVAILABLE,
+        MODEL_NOT_PRICED, USAGE_UNRECORDABLE, NO_BACKEND_AVAILABLE, BACKEND_ERROR, BACKEND_TIMEOUT); after it
+        BACKEND_ERROR or BACKEND_TIMEOUT for an answer that broke off, UNAVAILABLE for one whose budget can be charged
+        no longer; DEADLINE_EXCEEDED at any time.
         """
         if self._task is None:
             self._task = asyncio.current_task()
@@ -234,6 +242,8 @@ class Inference:
             self._timer = asyncio.get_running_loop().call_later(max(0.0, remaining_s), self._expire)
         try:
             model, parsed = self._check()
+            if self._request.idempotency_key and not await self._claim_key(model):
+                return
             await self._admit(model, parsed)
             await self._answer_with(model)
             self._settle(usage_event_pb2.OUTCOME_SUCCEEDED, "")
@@ -248,6 +258,8 @@ class Inference:
         except BaseException:
             self._settle(self._outcome_of(PlatformError(Reason.INTERNAL)), Reason.INTERNAL.value)
             raise
+        if self._claim is not None:
+            await self._claim.kept()
         self._reader.tail(Tail(self._record.usage, self._record.finish_reason, usage_event_pb2.OUTCOME_SUCCEEDED))
 
     def abandon(self) -> None:
@@ -294,6 +306,20 @@ class Inference:
         self._record.model = model.model_id
         check_endpoint(model, request.endpoint)
         return model, parsed
+
+    async def _claim_key(self, model: Model) -> bool:
+        """Have the request's Idempotency-Key for it; False where it has been answered as it was before.
+
+        That is no new request: nothing is admitted, so there is nothing to settle, and no usage event.
+        """
+        claim = await self._engine.idempotency.claim(self._request, model.model_id, self._reader)
+        if claim is None:
+            self._settled = True
+            if self._timer is not None:
+                self._timer.cancel()
+            return False
+        self._reader = self._claim = claim
+        return True
 
     async def _admit(self, model: Model, parsed: ParsedRequest) -> None:
         """Find room and money for the request, and write down that it runs."""
@@ -380,6 +406,8 @@ class Inference:
             strip_interim_usage=parsed.strips_interim_usage(served.backend.engine),
             choices=parsed.prompt_choices,
         )
+        if self._claim is not None:
+            self._claim.watch = watch
         try:
             await AnswerStream(answer, watch, self._begin_stream, self._reader.data).run()
         except EngineFaultError as error:
@@ -512,6 +540,16 @@ class Inference:
             self._entry.end(event.SerializeToString())
         else:
             self._engine.journal.record(event.SerializeToString())
+        if self._claim is not None:
+            self._end_claim(self._claim, succeeded=outcome == usage_event_pb2.OUTCOME_SUCCEEDED)
+
+    def _end_claim(self, claim: Claim, *, succeeded: bool) -> None:
+        try:
+            # An answer that is kept has left the router: it is not to be had for nothing after a crash.
+            self._engine.journal.commit()
+        except PlatformError:
+            succeeded = False
+        claim.end(succeeded=succeeded)
 
     def _take_usage(self) -> None:
         """What the stream has told of usage so far, if there is one."""

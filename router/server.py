@@ -52,6 +52,7 @@ from router.config import RouterConfig
 from router.engine_token_store import EngineTokenStore
 from router.engine_tokens import EngineTokenReader
 from router.health import HealthProber
+from router.idempotency import IDEMPOTENCY, Idempotency
 from router.inference import Engine
 from router.inference_service import InferenceService
 from router.journal import Journal
@@ -70,6 +71,7 @@ from router.upstream import HttpUpstream, Timeouts
 from router.usage import abort_event
 
 _FLUSH_S = 5.0
+_KEPT_ANSWERS_TIMEOUT_S = 0.25
 
 
 async def serve(
@@ -90,6 +92,8 @@ async def serve(
         redis = Cache(config.redis_url, clock)
         resources.push_async_callback(redis.close)
         scripts = Scripts(config.redis_url, clock, RATE_LIMITS, ROUTERS)
+        # Whole answers travel here, and nobody can judge in its place: it has its own connection, and more patience.
+        kept_answers = Scripts(config.redis_url, clock, IDEMPOTENCY, timeout_s=_KEPT_ANSWERS_TIMEOUT_S)
         broker = Broker(config.amqp_url, USAGE)
         resources.push_async_callback(broker.close)
         identity = await resources.enter_async_context(
@@ -120,6 +124,7 @@ async def serve(
                 config.default_tokens_per_minute,
             ),
         )
+        idempotency = Idempotency(kept_answers, new_id("router"))
         journal = Journal(Path(config.journal_path), config.journal_limit_bytes, clock, abort_event)
         resources.push_async_callback(journal.close)
         publisher = UsagePublisher(broker, journal, random)
@@ -143,6 +148,7 @@ async def serve(
                 config.idle_timeout_s,
             ),
             router_id=journal.router_id,
+            idempotency=idempotency,
         )
         relays = Relays(engine, authenticator)
         replicas, engine_tokens = RouterStore(database), EngineTokenStore(database)
@@ -191,6 +197,8 @@ async def serve(
                     # It ends before its connection does, so that it can say goodbye.
                     ("rate limits", limiter.run),
                     ("scripts", scripts.run_connection),
+                    ("idempotency", idempotency.run),
+                    ("kept answers", kept_answers.run_connection),
                     ("revocations", functools.partial(listen, redis, authenticator)),
                 )
             ]

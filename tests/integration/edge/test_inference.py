@@ -81,6 +81,25 @@ async def test_body_and_answer_pass_through_untouched(edge: Edge, router: PeerDo
     assert 50 < call.timeout_s < 61
 
 
+@pytest.mark.parametrize("key", ["", "x" * 256, "tab\tbed", "schl\u00fcssel"])
+async def test_idempotency_key_that_cannot_be_one_is_refused_by_name(edge: Edge, router: PeerDouble, key: str) -> None:
+    response = await edge.client.post(CHAT, content=BODY, headers={b"idempotency-key": key.encode("latin-1")})
+    assert response.status_code == 400
+    error = error_of(response)
+    assert (error["param"], error["code"]) == ("Idempotency-Key", "invalid_value")
+    assert error["message"] == "'Idempotency-Key' has to be 1 to 255 printable ASCII characters."
+    assert router.received == []
+
+
+async def test_longest_idempotency_key_passes_and_a_refusal_is_told_as_it_is(edge: Edge, router: PeerDouble) -> None:
+    router.streams["Infer"] = script(PlatformError(Reason.IDEMPOTENCY_KEY_IN_USE, retry_after_s=1.0))
+    key = '"' + "~ " * 127
+    response = await edge.client.post(CHAT, content=BODY, headers={"idempotency-key": f"{key[:-1]}!"})
+    assert (response.status_code, response.headers["retry-after"]) == (409, "1")
+    assert error_of(response)["code"] == "idempotency_key_in_use"
+    assert router.received[0].request.idempotency_key == f"{key[:-1]}!"
+
+
 async def test_stream_arrives_chunk_by_chunk(edge: Edge, router: PeerDouble) -> None:
     gates = [asyncio.Event() for _ in CHUNKS]
     steps = [step for gate, chunk in zip(gates, CHUNKS, strict=True) for step in (gate, data(chunk))]

@@ -105,11 +105,18 @@ class Router:
             raise from_rpc_error(error) from error
 
     def infer(
-        self, body: Any, endpoint: Endpoint.ValueType = ENDPOINT_CHAT_COMPLETIONS, *, timeout_s: float = 60
+        self,
+        body: Any,
+        endpoint: Endpoint.ValueType = ENDPOINT_CHAT_COMPLETIONS,
+        *,
+        idempotency_key: str = "",
+        timeout_s: float = 60,
     ) -> Any:
         """A call of Infer, or an inference on a relay; to be iterated, read or cancelled."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        request = inference_service_pb2.InferRequest(endpoint=endpoint, body=content, client_address="127.0.0.1")
+        request = inference_service_pb2.InferRequest(
+            endpoint=endpoint, body=content, client_address="127.0.0.1", idempotency_key=idempotency_key
+        )
         if self.way == "Infer":
             return self.inference.Infer(request, metadata=self.metadata, timeout=timeout_s)
         return self.relay.infer(

@@ -25,6 +25,7 @@ from mesh.errors import PlatformError
 from mesh.scripts import Scripts
 from router.backends import Backend, BackendModel, Registry, RegistryContent
 from router.health import HealthProber
+from router.idempotency import Idempotency
 from router.inference import Engine, Head, Inference, InferenceRequest, Tail, Treasury
 from router.journal import Journal
 from router.journal_log import Change
@@ -93,6 +94,7 @@ class World:
         self.store = StaticStore()
         self.registry = Registry(self.store)
         self.prober = HealthProber(self.registry, upstream)
+        self.idempotency = Idempotency(Scripts("redis://127.0.0.1:1", SystemClock()), "router-1")
         self.timeouts = Timeouts(connect_s=2, first_byte_s=5, answer_s=5, idle_s=5)
         self.upstream = upstream
         self.routing = Routing(Random(1))
@@ -124,6 +126,7 @@ class World:
             SystemClock(),
             self.timeouts,
             "router-1",
+            self.idempotency,
         )
         request = InferenceRequest("req_1", ENDPOINT_CHAT_COMPLETIONS, json.dumps(body).encode(), PRINCIPAL)
         reader = QueueReader()
