@@ -60,7 +60,7 @@ money: ## Kill every part while money moves, then hold all books against each ot
 	@deploy/local/bootstrap.sh up
 	@$(PYTHON) -m tests.money
 
-money-switches: ## Take one protection away after the other: `make money` must miss each
+money-switches: ## Take one protection away after the other, which `make money` must notice (WITHOUT=journal,fence)
 	@deploy/local/bootstrap.sh up
 	@$(PYTHON) -m tests.money switches
 
