@@ -33,8 +33,8 @@ TIGHT = {"tokens": 900 + 20 * TIGHT_REQUESTS}
 
 ROUTER_KILLS = 20
 BRIEF_KILLS = 2
-ROUTER_EARLY_S = 0.2
-ROUTER_LATE_S = 4.0
+# After its streams were asked for: while they are being admitted, long after, and between the two.
+ROUTER_MOMENTS_S = ((0.0, 0.2), (2.0, 4.0), (0.2, 2.0))
 ENDED_WITHIN_S = 2.0
 BACK_WITHIN_S = 10.0
 FREED_WITHIN_S = 2.0
@@ -182,11 +182,10 @@ async def router(matrix: Matrix) -> None:
     last_s, freed_s, back_s = [], [], []
     tight = await platform.new_client("Tight, while the router is killed", tokens=100 * TIGHT["tokens"] // 40)
     async with Traffic([tight], stream_rate=1):
-        for _ in range(matrix.router_kills):
+        for number in range(matrix.router_kills):
             opening = asyncio.gather(*(matrix.hard.open(tokens=TOKENS, pace_ms=PACE_MS) for _ in range(STREAMS)))
-            # Every other time while they are being admitted.
-            latest_s = matrix.random.choice((ROUTER_EARLY_S, ROUTER_LATE_S))
-            await asyncio.sleep(matrix.random.uniform(0.0, latest_s))
+            moments_s = ROUTER_MOMENTS_S[number % len(ROUTER_MOMENTS_S)]
+            await asyncio.sleep(matrix.random.uniform(*moments_s))
             killed = await platform.kill("router")
             opened = await opening
             left, after_s = await platform.free_engine(killed, FREED_WITHIN_S)
@@ -331,6 +330,7 @@ async def redis(matrix: Matrix) -> None:
         await platform.kill("valkey")
         await platform.ready("valkey")
         await rejoined("killed")
+        await asyncio.sleep(3)
     none_failed(matrix, "redis killed: requests", during)
     for stream in streams:
         stream.hang_up(reset=False)

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import json
 import socket
 from collections.abc import AsyncIterator
@@ -311,11 +312,19 @@ async def test_redirect_is_not_followed(hooks: Hooks, receiver: WebhookReceiver)
     assert await hooks.deliveries(webhook) == []
 
 
+async def hang_up(writer: asyncio.StreamWriter) -> None:
+    """Close a connection, and be done only when it is closed."""
+    with contextlib.suppress(OSError):
+        await writer.drain()
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+
+
 async def test_receiver_that_speaks_no_http_or_is_not_there_is_tried_again(hooks: Hooks) -> None:
     async def babble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"220 smtp.example.com ESMTP\r\n")
-        await writer.drain()
-        writer.close()
+        await hang_up(writer)
 
     server = await asyncio.start_server(babble, "127.0.0.1", 0)
     async with server:
@@ -340,10 +349,10 @@ async def test_name_that_leads_into_a_private_network_is_not_connected_to(
 ) -> None:
     connections = 0
 
-    def count(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def count(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal connections
         connections += 1
-        writer.close()
+        await hang_up(writer)
 
     resolve = socket.getaddrinfo
 
