@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import grpc
 
@@ -12,6 +12,8 @@ from mesh.errors import from_rpc_error
 
 if TYPE_CHECKING:
     from aiaas.identity.v1.budget_service_pb2_grpc import BudgetServiceStub
+
+T = TypeVar("T")
 
 _TIMEOUT_S = 2.0
 _PAGE = 500
@@ -50,12 +52,7 @@ class RemoteLedger:
 
     async def resolve(self, organization_id: str) -> pb.ResolveBudgetsResponse:
         """See `Ledger`."""
-        try:
-            return await self._stub.ResolveBudgets(
-                pb.ResolveBudgetsRequest(organization_id=organization_id), timeout=_TIMEOUT_S
-            )
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from None
+        return await _answer(self._stub.ResolveBudgets, pb.ResolveBudgetsRequest(organization_id=organization_id))
 
     async def watch(self, after_revision: int) -> AsyncIterator[pb.WatchBudgetsResponse]:
         """See `Ledger`."""
@@ -67,31 +64,19 @@ class RemoteLedger:
 
     async def lease(self, request: pb.LeaseRequest) -> pb.LeaseResponse:
         """See `Ledger`."""
-        try:
-            return await self._stub.Lease(request, timeout=_TIMEOUT_S)
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from None
+        return await _answer(self._stub.Lease, request)
 
     async def renew(self, request: pb.RenewRequest) -> pb.RenewResponse:
         """See `Ledger`."""
-        try:
-            return await self._stub.Renew(request, timeout=_TIMEOUT_S)
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from None
+        return await _answer(self._stub.Renew, request)
 
     async def release(self, request: pb.ReleaseRequest) -> pb.ReleaseResponse:
         """See `Ledger`."""
-        try:
-            return await self._stub.Release(request, timeout=_TIMEOUT_S)
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from None
+        return await _answer(self._stub.Release, request)
 
     async def settle(self, request: pb.SettleRequest) -> pb.SettleResponse:
         """See `Ledger`."""
-        try:
-            return await self._stub.Settle(request, timeout=_TIMEOUT_S)
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from None
+        return await _answer(self._stub.Settle, request)
 
     async def unsettled(self, router_id: str) -> list[pb.BudgetLease]:
         """See `Ledger`."""
@@ -99,11 +84,15 @@ class RemoteLedger:
         token = ""
         while True:
             request = pb.ListRouterLeasesRequest(router_id=router_id, page_size=_PAGE, page_token=token)
-            try:
-                page = await self._stub.ListRouterLeases(request, timeout=_TIMEOUT_S)
-            except grpc.aio.AioRpcError as error:
-                raise from_rpc_error(error) from None
+            page = await _answer(self._stub.ListRouterLeases, request)
             leases += page.leases
             token = page.next_page_token
             if not token:
                 return leases
+
+
+async def _answer(method: Callable[..., Awaitable[T]], request: object) -> T:
+    try:
+        return await method(request, timeout=_TIMEOUT_S)
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc_error(error) from None

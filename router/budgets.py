@@ -39,7 +39,7 @@ _ASK_AGAIN_S = 0.25
 _DENIED_S = 1.0
 _AWAY_S = 3.0
 _RENEW_S = 1.0
-_FENCE_S = 0.25
+_LOOK_S = 0.25
 _FORMER_S = 5.0
 _REPORTS = 1000
 _SETTLE_TRIES = 30
@@ -447,7 +447,7 @@ class Budgets:
     async def _keep_fencing(self) -> None:
         while True:
             self.fence()
-            await asyncio.sleep(_FENCE_S)
+            await asyncio.sleep(_LOOK_S)
 
     def fence(self) -> None:
         """Stop what runs on leases of hard budgets that end."""

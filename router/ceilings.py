@@ -1,8 +1,8 @@
 """Bounds what a request can use, before it runs; it never estimates, since a budget is only safe behind a true bound.
 
 A token is at least one byte of the body, and what a chat template adds is less than what JSON costs the body, but for a
-template's own preamble. So the prompt has at most as many tokens as the body has bytes, and some; and the engine itself
-holds prompt and completion together to the model's context.
+template's own preamble. So prompts have at most as many tokens as the body has bytes, and some; and the engine itself
+holds each prompt and its completion together to the model's context.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _MICROS = 1_000_000
 
 
 class Ceiling(msgspec.Struct, frozen=True):
-    """The most that a request can use. `completion_tokens` are those of each of its `choices`; `price` is in force."""
+    """The most that a request can use: `prompt_tokens` of all its prompts together, `completion_tokens` of each of its
+    `choices`, at the price in force."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -64,14 +65,21 @@ class Ceiling(msgspec.Struct, frozen=True):
 
 
 def ceiling_of(
-    body_bytes: int | None, completion_tokens: int | None, choices: int, context_tokens: int, price: Price
+    body_bytes: int | None,
+    prompts: int,
+    completion_tokens: int | None,
+    choices: int,
+    context_tokens: int,
+    price: Price,
 ) -> Ceiling:
-    """The ceiling of a request whose body has so many bytes, None where they tell nothing, as those of a picture don't.
-    `completion_tokens` is what it asked for each of its `choices`, None if it left that to the engine; `context_tokens`
-    is the model's, 0 if unknown."""
+    """The ceiling of a request of so many prompts, whose body has so many bytes, None where they tell nothing, as those
+    of a picture don't. `completion_tokens` is what it asked for each of its `choices`, None if it left that to the
+    engine; `context_tokens` is the model's, 0 if unknown."""
     context = context_tokens or UNKNOWN_CONTEXT_TOKENS
     return Ceiling(
-        prompt_tokens=context if body_bytes is None else min(body_bytes + PREAMBLE_TOKENS, context),
+        prompt_tokens=prompts * context
+        if body_bytes is None
+        else min(body_bytes + prompts * PREAMBLE_TOKENS, prompts * context),
         completion_tokens=context if completion_tokens is None else min(completion_tokens, context),
         choices=choices,
         price=price,

@@ -36,7 +36,7 @@ from aiaas.type.v1.usage_event_pb2 import OUTCOME_SUCCEEDED, TokenUsage
 from mesh.errors import PlatformError, Reason
 from mesh.scripts import Call, Script, Scripts
 from router import metrics
-from router.inference import Head, InferenceRequest, Reader, Tail
+from router.answers import Head, InferenceRequest, Reader, Tail
 
 if TYPE_CHECKING:
     from router.sse import EventWatch

@@ -9,15 +9,11 @@ request before its engine does; whoever sends an answer has it write that down f
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
-from functools import lru_cache
-from typing import TYPE_CHECKING, Protocol
-
-import msgspec
+from typing import Protocol
 
 from aiaas.type.v1 import usage_event_pb2
 from aiaas.type.v1.usage_event_pb2 import TokenUsage, UsageEvent
@@ -27,33 +23,31 @@ from mesh.errors import PlatformError, Reason
 from mesh.tracing import Span
 from router import metrics, requests, sse
 from router.answer_stream import AnswerStream, EngineFaultError
+from router.answers import EVENT_STREAM, Head, InferenceRequest, Reader, Tail
 from router.backends import Registry, Served
 from router.ceilings import Ceiling, ceiling_of
+from router.engine_failures import BackendFailedError, failed, judge
 from router.http1 import (
     ConnectionRefusedUpstreamError,
     UpstreamAnswer,
     UpstreamError,
     UpstreamTimeoutError,
 )
+from router.idempotency import Claim, Idempotency
 from router.journal import Entry, Journal
 from router.leases import Reservation
 from router.models import ENDPOINT_NAMES, Model
+from router.networks import check_network
 from router.rate_limits import Permit
 from router.requests import ParsedRequest
 from router.routing import RETRY_AFTER_S, Routing, check_endpoint
 from router.upstream import Timeouts, Upstream
 from router.usage import AttemptRecord, UsageRecord, clamp_usage, close_event, open_event
 
-if TYPE_CHECKING:
-    from router.idempotency import Claim, Idempotency
-
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 2
 """A request is tried on so many backends at most: one retry, and that before the first byte only."""
-
-EVENT_STREAM = "text/event-stream"
-"""The content type of streams."""
 
 _ANSWER_BYTES = 64 << 20
 _FAULT_BYTES = 64 << 10
@@ -64,52 +58,6 @@ _DEADLINE_SLACK_S = 0.05
 _OUTCOME_NAMES = {number: name.removeprefix("OUTCOME_").lower() for name, number in usage_event_pb2.Outcome.items()}
 _JSON = "application/json"
 _UNBILLED = frozenset({usage_event_pb2.OUTCOME_REFUSED, usage_event_pb2.OUTCOME_FAILED})
-
-
-class InferenceRequest(msgspec.Struct):
-    """A request of an authenticated principal. `deadline` is in monotonic seconds; None means none. `span` is that of a
-    request which is traced; it is ended by whoever began it. The body is forgotten once an engine has it."""
-
-    request_id: str
-    endpoint: usage_event_pb2.Endpoint.ValueType
-    body: bytes
-    principal: Principal
-    client_address: str = ""
-    idempotency_key: str = ""
-    deadline: float | None = None
-    span: Span | None = None
-
-
-class Head(msgspec.Struct, frozen=True):
-    """What is known before the first byte. `headers` are for the client."""
-
-    request_id: str
-    content_type: str
-    model: str
-    backend_id: str
-    headers: tuple[tuple[str, str], ...] = ()
-
-
-class Tail(msgspec.Struct, frozen=True):
-    """What is known after the last byte."""
-
-    usage: TokenUsage
-    finish_reason: str
-    outcome: usage_event_pb2.Outcome.ValueType
-
-
-class Reader(Protocol):
-    """Who gets an answer: one head, then data, then one tail. It takes each at once and waits for nothing; one that
-    cannot keep up says so by `Inference.pause`."""
-
-    def head(self, head: Head) -> None:
-        """Take what is known before the first byte."""
-
-    def data(self, data: bytes) -> None:
-        """Take bytes of the answer, 1 MiB at most of a document, and of a stream what one read brought."""
-
-    def tail(self, tail: Tail) -> None:
-        """Take what is known after the last byte."""
 
 
 class Limiter(Protocol):
@@ -127,15 +75,6 @@ class Treasury(Protocol):
     ) -> Reservation | None:
         """Reserve what a request can use at most; None where nobody counts it. `stop` is called if it has to end.
         Raises PlatformError(INSUFFICIENT_QUOTA, UNAVAILABLE)."""
-
-
-class _BackendFailedError(Exception):
-    """An attempt failed before the first byte in a way that another backend may not."""
-
-    def __init__(self, reason: str, answer: PlatformError) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.answer = answer
 
 
 class Engine:
@@ -328,7 +267,9 @@ class Inference:
         if price is None:
             raise PlatformError(Reason.MODEL_NOT_PRICED, model=model.model_id)
         body_bytes = None if parsed.has_media else len(self._request.body)
-        ceiling = ceiling_of(body_bytes, parsed.completion_tokens, parsed.choices, model.context_tokens, price)
+        ceiling = ceiling_of(
+            body_bytes, parsed.prompts, parsed.completion_tokens, parsed.choices, model.context_tokens, price
+        )
         self._permit = await engine.limiter.admit(principal, model.model_id, parsed.estimated_tokens)
         reservation = await engine.treasury.reserve(principal, model.model_id, ceiling, record.admit_time, self._stop)
         record.price = price
@@ -354,7 +295,7 @@ class Inference:
             try:
                 await self._attempt(served)
                 return
-            except _BackendFailedError as error:
+            except BackendFailedError as error:
                 logger.warning("an attempt on backend %s failed: %s", tried[-1], error.reason)
                 failure = error.answer
         raise failure or PlatformError(Reason.INTERNAL)
@@ -371,8 +312,8 @@ class Inference:
         except UpstreamError as error:
             failure = self._failure_of(error, served)
         except sse.EventTooLongError:
-            failure = _failed("backend_garbage")
-        except _BackendFailedError as error:
+            failure = failed("backend_garbage")
+        except BackendFailedError as error:
             failure = error
         if self._record.first_byte is not None:
             # The client has had bytes: no other backend can help any more.
@@ -390,9 +331,9 @@ class Inference:
         answer = await self._first_byte(served, parsed)
         streamed = self._record.streamed
         if answer.status != 200:
-            raise _judge(answer.status, sse.read_fault(await answer.read(_FAULT_BYTES), answer.status))
+            raise judge(answer.status, sse.read_fault(await answer.read(_FAULT_BYTES), answer.status))
         if answer.content_type != (EVENT_STREAM if streamed else _JSON):
-            raise _failed("backend_misconfigured")
+            raise failed("backend_misconfigured")
         if not streamed:
             document = await answer.read(_ANSWER_BYTES)
             self._read_usage(document)
@@ -411,7 +352,7 @@ class Inference:
         try:
             await AnswerStream(answer, watch, self._begin_stream, self._reader.data).run()
         except EngineFaultError as error:
-            raise _judge(error.fault.status, error.fault) from None
+            raise judge(error.fault.status, error.fault) from None
 
     async def _first_byte(self, served: Served, parsed: ParsedRequest) -> UpstreamAnswer:
         """The answer, once its first byte has come."""
@@ -450,20 +391,20 @@ class Inference:
                 document, responses=record.endpoint == usage_event_pb2.ENDPOINT_RESPONSES
             )
         except ValueError:
-            raise _failed("backend_garbage") from None
+            raise failed("backend_garbage") from None
         if usage is not None:
             record.usage, record.usage_source = usage, usage_event_pb2.USAGE_SOURCE_ENGINE
         else:
             record.usage_source = usage_event_pb2.USAGE_SOURCE_COUNTED
             logger.warning("backend %s answered without usage", record.backend_id)
 
-    def _failure_of(self, error: UpstreamError, served: Served) -> _BackendFailedError:
+    def _failure_of(self, error: UpstreamError, served: Served) -> BackendFailedError:
         if isinstance(error, ConnectionRefusedUpstreamError):
             served.state.failed(str(error))
-            return _failed(error.reason, PlatformError(Reason.NO_BACKEND_AVAILABLE, retry_after_s=RETRY_AFTER_S))
+            return failed(error.reason, PlatformError(Reason.NO_BACKEND_AVAILABLE, retry_after_s=RETRY_AFTER_S))
         if isinstance(error, UpstreamTimeoutError):
-            return _failed(error.reason, PlatformError(Reason.BACKEND_TIMEOUT))
-        return _failed(error.reason)
+            return failed(error.reason, PlatformError(Reason.BACKEND_TIMEOUT))
+        return failed(error.reason)
 
     def _expire(self) -> None:
         self._end_early(PlatformError(Reason.DEADLINE_EXCEEDED))
@@ -596,47 +537,3 @@ def _describe(span: Span, record: UsageRecord, outcome: str, reason: str) -> Non
         span.set(time_to_first_chunk_s=record.first_byte - record.admitted)
     if reason:
         span.fail(reason)
-
-
-def check_network(allowed_networks: tuple[str, ...], client_address: str) -> None:
-    """Raises PlatformError(PERMISSION_DENIED) for a client outside of the networks; none at all means anywhere."""
-    if not allowed_networks:
-        return
-    try:
-        address = ipaddress.ip_address(client_address)
-    except ValueError:
-        address = None
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
-        address = address.ipv4_mapped
-    if address is None or not any(address in network for network in _networks(allowed_networks)):
-        raise PlatformError(
-            Reason.PERMISSION_DENIED, description="These credentials cannot be used from your network address."
-        )
-
-
-@lru_cache(maxsize=10_000)
-def _networks(allowed_networks: tuple[str, ...]) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
-    return tuple(ipaddress.ip_network(network, strict=False) for network in allowed_networks)
-
-
-# Statuses that an engine gives for what the router asked of it, not for what the client wrote.
-_ROUTERS_FAULT = frozenset({401, 403, 404, 405, 407, 408, 421})
-
-
-def _judge(status: int, fault: sse.EngineFault | None) -> Exception:
-    """An engine's error: the client's own, in the engine's words, or one that another backend may not make."""
-    if status == 429:
-        return _failed("backend_overloaded", PlatformError(Reason.NO_BACKEND_AVAILABLE, retry_after_s=RETRY_AFTER_S))
-    if status < 400 or status in _ROUTERS_FAULT:
-        return _failed("backend_misconfigured")
-    if status >= 500:
-        return _failed("backend_error")
-    return PlatformError(
-        Reason.INVALID_ARGUMENT,
-        field=(fault and fault.param) or None,
-        description=(fault and fault.message) or None,
-    )
-
-
-def _failed(reason: str, answer: PlatformError | None = None) -> _BackendFailedError:
-    return _BackendFailedError(reason, answer or PlatformError(Reason.BACKEND_ERROR))

@@ -16,8 +16,9 @@ from mesh import context as call
 from mesh import tracing
 from mesh.auth import Principal
 from mesh.errors import PlatformError, Reason
+from router.answers import Head, InferenceRequest, Tail
 from router.backends import Registry, is_allowed
-from router.inference import Engine, Head, Inference, InferenceRequest, Tail
+from router.inference import Engine, Inference
 from router.models import Model
 from router.relay import Relay, Relays, write_head, write_tail
 

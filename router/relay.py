@@ -16,7 +16,8 @@ from mesh.auth import CachedAuthenticator, Principal, authorize, find_method, po
 from mesh.errors import PlatformError, Reason, to_status
 from mesh.relay import WINDOW_S, Outbox
 from mesh.tracing import Span
-from router.inference import EVENT_STREAM, Engine, Head, Inference, InferenceRequest, Tail
+from router.answers import EVENT_STREAM, Head, InferenceRequest, Tail
+from router.inference import Engine, Inference
 
 logger = logging.getLogger(__name__)
 

@@ -200,8 +200,8 @@ class ParsedRequest(msgspec.Struct, frozen=True):
 
     `wants_usage` is whether the client wants to have the usage of a stream at its end, `wants_interim_usage` beside
     every text as well. `estimated_tokens` is about how many tokens it uses, with its prompt. `completion_tokens` is how
-    many it wants of each of its `choices` at most, None where it leaves that to the engine; `has_media` whether bytes
-    of the body say nothing of the prompt's tokens.
+    many it wants of each of its `choices` at most, None where it leaves that to the engine; `prompts` is how many it
+    holds, `has_media` whether bytes of the body say nothing of their tokens.
     """
 
     endpoint: int
@@ -211,6 +211,7 @@ class ParsedRequest(msgspec.Struct, frozen=True):
     wants_interim_usage: bool
     estimated_tokens: int
     completion_tokens: int | None
+    prompts: int
     choices: int
     has_media: bool
     request: _Request
@@ -293,7 +294,8 @@ def parse(endpoint: int, body: bytes) -> ParsedRequest:
         # An engine may store by default what any caller could then read.
         request.store = False
         has_media = _check_media(request.input, "input")
-    completion_tokens, choices = _completion(request)
+    prompts = _prompts(request)
+    completion_tokens, choices = _completion(request, prompts)
     return ParsedRequest(
         endpoint=endpoint,
         model=request.model,
@@ -303,6 +305,7 @@ def parse(endpoint: int, body: bytes) -> ParsedRequest:
         estimated_tokens=estimate_tokens(body)
         + choices * (_COMPLETION_TOKENS if completion_tokens is None else completion_tokens),
         completion_tokens=completion_tokens,
+        prompts=prompts,
         choices=choices,
         has_media=has_media,
         request=request,
@@ -314,18 +317,27 @@ def estimate_tokens(body: bytes) -> int:
     return len(body) // _BYTES_PER_TOKEN
 
 
-def _completion(request: _Request) -> tuple[int | None, int]:
+def _completion(request: _Request, prompts: int) -> tuple[int | None, int]:
     """How many tokens each choice may have, None where the engine decides, and how many choices there are."""
     # An engine may take 0 for no limit.
     if isinstance(request, _ChatRequest):
         return request.max_completion_tokens or request.max_tokens or None, request.n or 1
     if isinstance(request, _CompletionRequest):
-        is_batch = isinstance(request.prompt, list) and not _is_tokens(request.prompt)
-        choices = max(request.n or 1, request.best_of or 1) * (len(request.prompt) if is_batch else 1)
-        return request.max_tokens or None, choices
+        return request.max_tokens or None, prompts * max(request.n or 1, request.best_of or 1)
     if isinstance(request, _ResponseRequest):
         return request.max_output_tokens or None, 1
     return 0, 1
+
+
+def _prompts(request: _Request) -> int:
+    """How many prompts a request holds; a list of token ids is one."""
+    if isinstance(request, _CompletionRequest):
+        prompt = request.prompt
+    elif isinstance(request, _EmbeddingRequest):
+        prompt = request.input
+    else:
+        return 1
+    return len(prompt) if isinstance(prompt, list) and not _is_tokens(prompt) else 1
 
 
 def _is_tokens(prompt: list[Raw]) -> bool:

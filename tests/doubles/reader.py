@@ -3,7 +3,8 @@
 import asyncio
 from collections.abc import AsyncGenerator
 
-from router.inference import Head, Inference, Tail
+from router.answers import Head, Tail
+from router.inference import Inference
 
 Part = Head | bytes | Tail
 

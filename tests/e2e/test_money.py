@@ -80,17 +80,35 @@ def test_answer_is_cut_to_what_a_budget_has_left(platform: Platform) -> None:
     assert answer.usage.completion_tokens < 400
 
 
-def test_override_of_another_person_lets_requests_pass_again(platform: Platform) -> None:
+def test_override_counts_once_another_person_has_approved_it(platform: Platform) -> None:
     tenant = platform.new_tenant("Overridden")
     budget_id = create_budget(platform, tenant, limit="2000").json()["budget"]["budget_id"]
-    place = f"/admin/v1/organizations/{tenant.organization_id}/budgets/{budget_id}/overrides"
+    organization = f"/admin/v1/organizations/{tenant.organization_id}"
+    place = f"{organization}/budgets/{budget_id}/overrides"
     wanted = {"amount": "1000", "reason": "The month is long.", "expire_time": "2100-01-01T00:00:00Z"}
     with platform.admin as admin:
         asked = admin.post(place, json=wanted).json()["budget_override"]
         assert asked["state"] == "BUDGET_OVERRIDE_STATE_PENDING"
-        refused = admin.post(f"{place}/{asked['budget_override_id']}:approve", json={})
-        assert refused.status_code == 403, "whoever asks must not approve"
-    assert spent(platform, tenant, budget_id)["limit"] == 2000
+        approve = f"{place}/{asked['budget_override_id']}:approve"
+        assert admin.post(approve, json={}).status_code == 403, "whoever asks must not approve"
+        assert spent(platform, tenant, budget_id)["limit"] == 2000
+        user = admin.post(f"{organization}/users", json={"email": "owner@example.com", "role_ids": ["owner"]}).json()
+        key = admin.post(
+            f"{organization}/api-keys",
+            json={
+                "display_name": "Owner",
+                "user_id": user["user"]["user_id"],
+                "scopes": ["budget_overrides.approve"],
+            },
+        ).json()
+        approved = httpx.post(
+            platform.base_url + approve,
+            headers={"Authorization": f"Bearer {key['secret']}"},
+            json={},
+            trust_env=False,
+        )
+    assert approved.status_code == 200, approved.text
+    assert spent(platform, tenant, budget_id)["limit"] == 3000
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,6 @@ class Running:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     is_stopped: bool = False
-    written: TokenUsage = field(default_factory=TokenUsage)
 
     @property
     def usage(self) -> TokenUsage:
@@ -210,8 +209,6 @@ class RouterLife:
             if (fragment := running.progress()) is not None:
                 running.entry.checkpoint(fragment)
         self.journal.commit()
-        for running in self.running:
-            running.written = running.usage
 
     def fence(self) -> None:
         """Stop what runs on leases that end, as the router looks for four times a second."""
@@ -263,13 +260,13 @@ class Economy:
         self.clock = clock
         self.database = database
         self.store = Store(database, _announce_nothing)
+        self.overrides = BudgetOverrides(self.store, clock)
         self.service = BudgetService(
             IdentityBudgets(self.store, clock),
-            BudgetOverrides(self.store, clock),
+            self.overrides,
             BudgetLeases(self.store, clock),
             BudgetChanges(self.store),
         )
-        self.overrides = BudgetOverrides(self.store, clock)
         self.settled_by_hand: set[str] = set()
 
     @classmethod

@@ -1,8 +1,7 @@
 """Analytics on an empty database and an empty queue for each test."""
 
-import asyncio
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +10,8 @@ from mesh.broker import Broker
 from mesh.database import Database
 from mesh.migrate import migrate
 from mesh.topology import EVENTS, USAGE
+from tests.doubles.webhook_receiver import WebhookReceiver
+from tests.integration.analytics.harness import Hooks, serving
 
 
 @pytest.fixture
@@ -42,11 +43,15 @@ async def broker(amqp_url: str) -> AsyncIterator[Broker]:
     await broker.close()
 
 
-async def wait_until(condition: Callable[[], Awaitable[object]], within_s: float, what: str) -> float:
-    """Polls until the condition holds, and returns the seconds that took."""
-    start = time.monotonic()
-    while time.monotonic() < start + within_s:
-        if await condition():
-            return time.monotonic() - start
-        await asyncio.sleep(0.02)
-    raise AssertionError(f"not within {within_s} s: {what}")
+@pytest.fixture
+async def hooks(database: Database, tmp_path: Path) -> AsyncIterator[Hooks]:
+    """A running analytics and a short way to its webhooks."""
+    async with serving(database, tmp_path) as hooks:
+        yield hooks
+
+
+@pytest.fixture
+async def receiver() -> AsyncIterator[WebhookReceiver]:
+    """A server that takes deliveries."""
+    async with WebhookReceiver() as receiver:
+        yield receiver

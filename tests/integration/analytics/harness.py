@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import random
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -32,7 +33,6 @@ from mesh.server import GrpcServer
 from tests.doubles.clock import ManualClock
 from tests.doubles.usage_events import NOW
 from tests.doubles.webhook_receiver import WebhookReceiver
-from tests.integration.analytics.conftest import wait_until
 
 T = TypeVar("T")
 
@@ -192,3 +192,13 @@ async def serving(database: Database, folder: Path, *, allow_private: bool = Tru
                 clock,
             )
         await server.stop()
+
+
+async def wait_until(condition: Callable[[], Awaitable[object]], within_s: float, what: str) -> float:
+    """Polls until the condition holds, and returns the seconds that took."""
+    start = time.monotonic()
+    while time.monotonic() < start + within_s:
+        if await condition():
+            return time.monotonic() - start
+        await asyncio.sleep(0.02)
+    raise AssertionError(f"not within {within_s} s: {what}")

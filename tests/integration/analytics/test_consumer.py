@@ -23,7 +23,7 @@ from mesh.topology import USAGE
 from tests.doubles.clock import ManualClock
 from tests.doubles.tcp_gate import TcpGate
 from tests.doubles.usage_events import NOW, usage_batch, usage_event
-from tests.integration.analytics.conftest import wait_until
+from tests.integration.analytics.harness import wait_until
 
 CLOCK = ManualClock(NOW)
 BATCH = 100

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import aio_pika
@@ -17,19 +16,11 @@ from aiaas.type.v1.platform_event_pb2 import EventType, PlatformEvent
 from analytics.event_retention import clean
 from analytics.platform_events import KEPT, EventConsumer, read_event
 from mesh.broker import Broker, Handler
-from mesh.database import Database
 from mesh.errors import Reason
 from mesh.topology import EVENTS
 from tests.doubles.platform_events import platform_event
 from tests.doubles.usage_events import NOW
-from tests.integration.analytics.conftest import wait_until
-from tests.integration.analytics.harness import Hooks, serving
-
-
-@pytest.fixture
-async def hooks(database: Database, tmp_path: Path) -> AsyncIterator[Hooks]:
-    async with serving(database, tmp_path) as hooks:
-        yield hooks
+from tests.integration.analytics.harness import Hooks, wait_until
 
 
 @asynccontextmanager

@@ -36,7 +36,7 @@ from tests.doubles.platform_events import platform_event
 from tests.doubles.tcp_gate import TcpGate
 from tests.doubles.usage_events import usage_batch, usage_event
 from tests.doubles.webhook_receiver import WebhookReceiver
-from tests.integration.analytics.conftest import wait_until
+from tests.integration.analytics.harness import wait_until
 
 SECRET_KEY = base64.b64encode(b"k" * 32).decode()
 METADATA = (("authorization", "Bearer session"),)

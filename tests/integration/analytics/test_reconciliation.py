@@ -45,7 +45,7 @@ from mesh.topology import EVENTS, USAGE
 from tests.doubles.clock import ManualClock
 from tests.doubles.record_keepers import JournalDouble, LedgerDouble, RoutersDouble, engine_tokens, services
 from tests.doubles.usage_events import NOW, usage_batch, usage_event
-from tests.integration.analytics.conftest import wait_until
+from tests.integration.analytics.harness import wait_until
 
 START = hour_of(NOW) - HOUR
 END = START + HOUR

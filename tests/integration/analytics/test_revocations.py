@@ -22,7 +22,7 @@ from mesh.errors import PlatformError, Reason, from_rpc_error
 from mesh.revocations import CHANNEL
 from tests.doubles.peer import PeerDouble
 from tests.doubles.tcp_gate import TcpGate
-from tests.integration.analytics.conftest import wait_until
+from tests.integration.analytics.harness import wait_until
 
 REVOKED = PlatformError(Reason.API_KEY_INVALID)
 

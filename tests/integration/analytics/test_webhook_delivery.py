@@ -5,7 +5,6 @@ import base64
 import contextlib
 import json
 import socket
-from collections.abc import AsyncIterator
 from datetime import UTC, timedelta
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,7 @@ from mesh.topology import EVENTS
 from tests.doubles.platform_events import platform_event
 from tests.doubles.tcp_gate import TcpGate
 from tests.doubles.webhook_receiver import WebhookReceiver
-from tests.integration.analytics.conftest import wait_until
-from tests.integration.analytics.harness import Hooks, arrived, serving
+from tests.integration.analytics.harness import Hooks, arrived, serving, wait_until
 
 PENDING, SUCCEEDED, FAILED = (
     pb.WEBHOOK_DELIVERY_STATE_PENDING,
@@ -37,18 +35,6 @@ PENDING, SUCCEEDED, FAILED = (
     pb.WEBHOOK_DELIVERY_STATE_FAILED,
 )
 DELAYED = EventType.EVENT_TYPE_INGESTION_DELAYED
-
-
-@pytest.fixture
-async def hooks(database: Database, tmp_path: Path) -> AsyncIterator[Hooks]:
-    async with serving(database, tmp_path) as hooks:
-        yield hooks
-
-
-@pytest.fixture
-async def receiver() -> AsyncIterator[WebhookReceiver]:
-    async with WebhookReceiver() as receiver:
-        yield receiver
 
 
 def outcomes() -> dict[str, float]:

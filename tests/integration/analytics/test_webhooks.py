@@ -3,9 +3,8 @@
 import asyncio
 import base64
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,8 +22,7 @@ from mesh.database import Database
 from mesh.errors import Reason
 from tests.doubles.platform_events import platform_event
 from tests.doubles.webhook_receiver import WebhookReceiver
-from tests.integration.analytics.conftest import wait_until
-from tests.integration.analytics.harness import Hooks, arrived, serving
+from tests.integration.analytics.harness import Hooks, arrived, wait_until
 
 PENDING, SUCCEEDED, FAILED = (
     pb.WEBHOOK_DELIVERY_STATE_PENDING,
@@ -32,18 +30,6 @@ PENDING, SUCCEEDED, FAILED = (
     pb.WEBHOOK_DELIVERY_STATE_FAILED,
 )
 DELAYED = EventType.EVENT_TYPE_INGESTION_DELAYED
-
-
-@pytest.fixture
-async def hooks(database: Database, tmp_path: Path) -> AsyncIterator[Hooks]:
-    async with serving(database, tmp_path) as hooks:
-        yield hooks
-
-
-@pytest.fixture
-async def receiver() -> AsyncIterator[WebhookReceiver]:
-    async with WebhookReceiver() as receiver:
-        yield receiver
 
 
 async def test_both_secrets_sign_while_they_overlap(hooks: Hooks, receiver: WebhookReceiver) -> None:

@@ -25,9 +25,9 @@ from mesh.clock import SystemClock
 from mesh.errors import PlatformError, Reason
 from mesh.scripts import Scripts
 from router import idempotency
+from router.answers import Head, Tail
 from router.config import RouterConfig
 from router.idempotency import IDEMPOTENCY, Idempotency
-from router.inference import Head, Tail
 from router.rate_limits import Defaults
 from router.upstream import HttpUpstream
 from tests.doubles.peer import PeerDouble

@@ -28,17 +28,22 @@ units = st.sampled_from([BUDGET_UNIT_COST, BUDGET_UNIT_TOKENS, BUDGET_UNIT_REQUE
 
 
 def test_prompt_is_bounded_by_bytes_and_by_the_context() -> None:
-    assert ceiling_of(1000, 10, 1, 8192, PRICE).prompt_tokens == 1000 + PREAMBLE_TOKENS
-    assert ceiling_of(100_000, 10, 1, 8192, PRICE).prompt_tokens == 8192
+    assert ceiling_of(1000, 1, 10, 1, 8192, PRICE).prompt_tokens == 1000 + PREAMBLE_TOKENS
+    assert ceiling_of(100_000, 1, 10, 1, 8192, PRICE).prompt_tokens == 8192
 
 
 def test_prompt_with_a_picture_is_bounded_by_the_context_alone() -> None:
-    assert ceiling_of(None, 10, 1, 8192, PRICE).prompt_tokens == 8192
+    assert ceiling_of(None, 1, 10, 1, 8192, PRICE).prompt_tokens == 8192
+
+
+def test_each_of_several_prompts_may_fill_the_context() -> None:
+    assert ceiling_of(100_000, 5, 0, 1, 512, PRICE).prompt_tokens == 5 * 512
+    assert ceiling_of(1000, 5, 0, 1, 8192, PRICE).prompt_tokens == 1000 + 5 * PREAMBLE_TOKENS
 
 
 def test_answer_without_a_limit_is_bounded_by_the_context() -> None:
-    assert ceiling_of(10, None, 1, 8192, PRICE).completion_tokens == 8192
-    assert ceiling_of(10, 9000, 1, 8192, PRICE).completion_tokens == 8192
+    assert ceiling_of(10, 1, None, 1, 8192, PRICE).completion_tokens == 8192
+    assert ceiling_of(10, 1, 9000, 1, 8192, PRICE).completion_tokens == 8192
 
 
 def test_amounts_count_every_choice() -> None:

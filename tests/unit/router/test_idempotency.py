@@ -12,8 +12,8 @@ from mesh.clock import SystemClock
 from mesh.errors import PlatformError, Reason, response_headers
 from mesh.scripts import Scripts
 from router import idempotency
+from router.answers import Head, InferenceRequest, Tail
 from router.idempotency import IDEMPOTENCY, Claim, Idempotency
-from router.inference import Head, InferenceRequest, Tail
 from router.sse import EventWatch
 from tests.doubles.scripted_backend import chunk, sse
 from tests.unit.router.world import EVENTS, PRINCIPAL

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -14,6 +15,7 @@ from google.protobuf.duration_pb2 import Duration
 from aiaas.identity.v1 import budget_service_pb2 as pb
 from aiaas.type.v1.usage_event_pb2 import (
     CHARGE_UNIT_TOKENS,
+    ENDPOINT_EMBEDDINGS,
     OUTCOME_FAILED,
     OUTCOME_REFUSED,
     OUTCOME_SUCCEEDED,
@@ -22,9 +24,9 @@ from aiaas.type.v1.usage_event_pb2 import (
 )
 from mesh.auth import Principal
 from mesh.errors import PlatformError, Reason
+from router.answers import Head
 from router.backends import RegistryContent
 from router.ceilings import Ceiling
-from router.inference import Head
 from router.leases import Account, Charge, Lease, Reservation, Spender
 from tests.doubles.scripted_backend import Answer, chat_document, chat_stream, chunk, failure, sse
 from tests.unit.router.world import CHAT, EVENTS, MODEL, PRICE, STREAM, World, until
@@ -132,6 +134,19 @@ async def test_no_more_is_billed_than_a_request_could_use(world: World) -> None:
     assert event.usage.completion_tokens == 50
     assert event.budgets[0].charged <= event.budgets[0].reserved
     assert budget.lease.spent <= budget.lease.amount
+
+
+async def test_every_prompt_of_a_batch_is_billed(world: World) -> None:
+    world.treasury = budget = OneBudget()
+    model = replace(MODEL, context_tokens=512)
+    world.store.content = RegistryContent(99, (model,), (world.backends["first"],), (PRICE,))
+    await world.registry.refresh()
+    told = json.dumps({"object": "list", "data": [], "usage": {"prompt_tokens": 1500, "total_tokens": 1500}})
+    world.first.script.append(Answer([told.encode()]))
+    await world.answer({"model": "m", "input": ["word " * 500] * 3}, endpoint=ENDPOINT_EMBEDDINGS)
+    event = world.event()
+    assert (event.usage.prompt_tokens, event.usage_clamped, event.budgets[0].charged) == (1500, False, 1500)
+    assert budget.lease.spent == 1500
 
 
 async def test_refused_by_its_budget_reaches_no_engine(world: World) -> None:

@@ -243,3 +243,21 @@ def test_embedding_inputs_pass_as_they_are() -> None:
 
 def test_endpoint_that_is_not_served_is_unimplemented() -> None:
     assert refusal(ENDPOINT_MESSAGES, b"{}").reason is Reason.UNIMPLEMENTED
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "fields", "prompts", "choices"),
+    [
+        (ENDPOINT_COMPLETIONS, {"prompt": "one"}, 1, 1),
+        (ENDPOINT_COMPLETIONS, {"prompt": ["one", "two"], "n": 3}, 2, 6),
+        (ENDPOINT_COMPLETIONS, {"prompt": [1, 2, 3]}, 1, 1),
+        (ENDPOINT_COMPLETIONS, {"prompt": [[1, 2], [3]]}, 2, 2),
+        (ENDPOINT_EMBEDDINGS, {"input": ["one", "two", "three"]}, 3, 1),
+        (ENDPOINT_EMBEDDINGS, {"input": [1, 2, 3]}, 1, 1),
+    ],
+)
+def test_prompts_of_a_batch_are_counted(
+    endpoint: Endpoint.ValueType, fields: dict[str, Any], prompts: int, choices: int
+) -> None:
+    parsed = parse_json(endpoint, {"model": "m"} | fields)
+    assert (parsed.prompts, parsed.choices) == (prompts, choices)

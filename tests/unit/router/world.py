@@ -23,10 +23,11 @@ from mesh.auth import Principal
 from mesh.clock import SystemClock
 from mesh.errors import PlatformError
 from mesh.scripts import Scripts
+from router.answers import Head, InferenceRequest, Tail
 from router.backends import Backend, BackendModel, Registry, RegistryContent
 from router.health import HealthProber
 from router.idempotency import Idempotency
-from router.inference import Engine, Head, Inference, InferenceRequest, Tail, Treasury
+from router.inference import Engine, Inference, Treasury
 from router.journal import Journal
 from router.journal_log import Change
 from router.models import Model
