@@ -75,7 +75,9 @@ class Broker:
             # new connection declares it again.
             if type(error) is not aio_pika.exceptions.DeliveryError:
                 await self._drop(channel)
+            _heed_cancellation()
             raise PlatformError(Reason.UNAVAILABLE) from error
+        _heed_cancellation()
 
     async def consume(self, queue: Queue, handle: Handler, *, batch_size: int, wait_s: float) -> None:
         """Hands batches of bodies to `handle` until cancelled: at most `batch_size`, and no later than `wait_s` after
@@ -102,6 +104,7 @@ class Broker:
             finally:
                 if connection is not None:
                     await _close(connection)
+            _heed_cancellation()
             await asyncio.sleep(_PAUSES_S[min(pause, len(_PAUSES_S) - 1)])
             pause += 1
 
@@ -222,3 +225,11 @@ class _Consumer:
 async def _close(connection: AbstractConnection) -> None:
     with contextlib.suppress(*_AWAY):
         await asyncio.wait_for(connection.close(), 1.0)
+
+
+def _heed_cancellation() -> None:
+    """Raises CancelledError if that was asked for. asyncio.wait_for, by which aio-pika waits, forgets it (before Python
+    3.12) when what it waits for ends in the same moment; whoever tries again and again would then go on for ever."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError

@@ -1,6 +1,7 @@
 """RabbitMQ through the mesh: confirmed, batched, healed after every kind of loss."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import uuid
@@ -191,3 +192,28 @@ async def test_both_sides_heal_after_the_broker_was_restarted(servers: Servers, 
                 except PlatformError:
                     await asyncio.sleep(0.1)
         await until(lambda: b"after" in taker.bodies)
+
+
+@pytest.mark.parametrize("work", ["publish", "consume"])
+async def test_cancelling_ends_it_at_any_moment_while_the_broker_is_away(queue: Queue, work: str) -> None:
+    async def publish_again_and_again(broker: Broker) -> None:
+        while True:
+            with contextlib.suppress(PlatformError):
+                await broker.publish("x", "y", b"", timeout_s=5)
+
+    async def consume(broker: Broker) -> None:
+        await broker.consume(queue, Taker(), batch_size=1, wait_s=0.05)
+
+    for turns in range(60):
+        # Nobody listens there.
+        broker = Broker("amqp://guest:guest@127.0.0.1:1/")
+        task = asyncio.create_task(publish_again_and_again(broker) if work == "publish" else consume(broker))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        _, left = await asyncio.wait({task}, timeout=2)
+        while not task.done():
+            # Not to leave it running for ever.
+            task.cancel()
+            await asyncio.sleep(0)
+        assert not left, f"cancelled after {turns} turns of the loop, it went on"
