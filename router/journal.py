@@ -75,6 +75,8 @@ class Entry:
 
     def end(self, event: bytes) -> None:
         """The request has ended with this event, whatever it was before; again, it does nothing. Raises nothing."""
+        # It belongs to whoever owns this entry: without this, only the collector would free the two.
+        self.progress = None
         self._journal._end(self._number, event)
 
 

@@ -266,10 +266,13 @@ class JournalStore:
 
     def _apply(self, txn: lmdb.Transaction[bytes], changes: Sequence[Change]) -> list[tuple[bytes, bytes]]:
         ended = []
+        known_number = self.last_number
         # Of all changes of an entry the last says everything.
         for number, change in {change.number: change for change in changes}.items():
             if change.ended:
-                txn.delete(_NUMBER.pack(number), db=self._open)
+                if number <= known_number:
+                    # Most requests are shorter than a fold, and never were in there.
+                    txn.delete(_NUMBER.pack(number), db=self._open)
                 ended.append((self._put_ended(txn, number, change.time_micros, change.event), change.event))
             else:
                 txn.put(_NUMBER.pack(number), _OPEN.pack(change.time_micros) + change.event, db=self._open)

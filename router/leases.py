@@ -47,14 +47,14 @@ class Reservation:
     `ceiling` is what it may use, less than it asked for where a budget is nearly spent.
     """
 
-    __slots__ = ("_spender", "_stop", "ceiling", "charges", "settled")
+    __slots__ = ("_spender", "_stop", "ceiling", "charges")
 
     def __init__(self, charges: list[Charge], ceiling: Ceiling, spender: Spender, stop: Callable[[], None]) -> None:
         self.charges = charges
         self.ceiling = ceiling
         self._spender = spender
-        self._stop = stop
-        self.settled = False
+        # None once it is settled: the two who know each other by it are to be freed without the collector.
+        self._stop: Callable[[], None] | None = stop
         for lease, reserved in charges:
             lease.reserved += reserved
             lease.running.add(self)
@@ -64,7 +64,7 @@ class Reservation:
 
         No charge is above what was reserved. Once only: the caller sees to that.
         """
-        self.settled = True
+        self._stop = None
         amounts = {
             pb.BUDGET_UNIT_COST: cost_micros,
             pb.BUDGET_UNIT_TOKENS: tokens,
@@ -76,8 +76,9 @@ class Reservation:
         ]
 
     def stop(self) -> None:
-        """A lease of it ends: whoever runs the request must end it."""
-        self._stop()
+        """A lease of it ends: whoever runs the request must end it, unless it has ended."""
+        if self._stop is not None:
+            self._stop()
 
 
 class Lease:

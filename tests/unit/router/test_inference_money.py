@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,6 +28,7 @@ from mesh.errors import PlatformError, Reason
 from router.answers import Head
 from router.backends import RegistryContent
 from router.ceilings import Ceiling
+from router.inference import Inference
 from router.leases import Account, Charge, Lease, Reservation, Spender
 from tests.doubles.scripted_backend import Answer, chat_document, chat_stream, chunk, failure, sse
 from tests.unit.router.world import CHAT, EVENTS, MODEL, PRICE, STREAM, World, until
@@ -195,3 +197,20 @@ async def test_succeeded_request_is_closed_before_its_reader_has_the_tail(world:
     world.first.script.append(chat_stream("a"))
     await world.answer(STREAM)
     assert world.event().outcome == OUTCOME_SUCCEEDED
+
+
+@pytest.mark.parametrize("body", [CHAT, STREAM], ids=["document", "stream"])
+async def test_inference_that_has_ended_leaves_nothing_to_the_garbage_collector(
+    world: World, body: dict[str, Any]
+) -> None:
+    world.treasury = budget = OneBudget()
+    world.first.script.append(chat_stream("a") if body is STREAM else chat_document())
+    gc.collect()
+    gc.disable()
+    try:
+        await world.answer(body)
+        budget.stop = lambda: None
+        assert not [found for found in gc.get_objects() if isinstance(found, Inference)]
+    finally:
+        gc.enable()
+    assert world.event().budgets[0].charged
