@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from identity import fields, roles
 from identity.organizations import existing
-from mesh import api_key
+from mesh import tokens
 from mesh.auth import Principal, RateLimits
 from mesh.clock import Clock
 from mesh.errors import PlatformError, Reason
@@ -98,11 +98,11 @@ class ApiKeys:
         now = self._clock.now()
         wanted = _checked(wanted)
         fields.check_expire_time(wanted.expire_time, now, "api_key.expire_time")
-        secret = api_key.generate(self._random, clock=self._clock)
+        secret = tokens.API_KEY.generate(self._random, clock=self._clock)
         organization_id = wanted.organization_id
         async with self._store.transaction() as stored:
             await existing(stored, organization_id)
-            if await stored.creations.claim(organization_id, "CreateApiKey", request_id, secret.key_id, now):
+            if await stored.creations.claim(organization_id, "CreateApiKey", request_id, secret.id, now):
                 raise PlatformError(
                     Reason.ALREADY_EXISTS,
                     field="request_id",
@@ -111,7 +111,7 @@ class ApiKeys:
             owner = await self._owner_of_new(stored, caller, wanted)
             new = replace(
                 wanted,
-                api_key_id=secret.key_id,
+                api_key_id=secret.id,
                 service_account_id=owner.service_account_id,
                 user_id=owner.user_id,
                 granted=await self._granted(stored, caller, organization_id, owner, wanted.scopes),

@@ -10,7 +10,7 @@ from identity.fields import check_display_name
 from identity.organizations import Organization
 from identity.roles import ALL_PERMISSIONS, PLATFORM_ADMIN, PLATFORM_ORGANIZATION_ID
 from identity.service_accounts import ServiceAccount
-from mesh import api_key
+from mesh import tokens
 from mesh.clock import Clock
 from mesh.ids import new_id
 
@@ -55,10 +55,10 @@ async def bootstrap(store: Store, clock: Clock, display_name: str, *, rotate: bo
             if key.revoke_time is None:
                 await stored.api_keys.change(replace(key, revoke_time=now))
                 await stored.revoke("api_key_id", key.api_key_id)
-        secret = api_key.generate(clock=clock)
+        secret = tokens.API_KEY.generate(clock=clock)
         await stored.api_keys.add(
             ApiKey(
-                api_key_id=secret.key_id,
+                api_key_id=secret.id,
                 organization_id=PLATFORM_ORGANIZATION_ID,
                 display_name="Bootstrap",
                 service_account_id=service_account_id,
@@ -69,7 +69,7 @@ async def bootstrap(store: Store, clock: Clock, display_name: str, *, rotate: bo
             ),
             secret.digest,
         )
-    return Bootstrapped(PLATFORM_ORGANIZATION_ID, service_account_id, secret.key_id, secret.text)
+    return Bootstrapped(PLATFORM_ORGANIZATION_ID, service_account_id, secret.id, secret.text)
 
 
 async def _account(stored: Transaction, clock: Clock) -> str:

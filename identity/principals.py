@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from identity import roles
 from identity.api_keys import ApiKey
 from identity.organizations import OrganizationState
-from mesh import api_key, context
+from mesh import context, tokens
 from mesh.auth import Principal, RateLimits
 from mesh.clock import Clock
 from mesh.errors import PlatformError, Reason
@@ -64,9 +64,9 @@ class Principals:
 
         Raises PlatformError: API_KEY_INVALID, AUTH_UNAVAILABLE when the database is away.
         """
-        parsed = api_key.parse(credential)
+        parsed = tokens.API_KEY.parse(credential)
         try:
-            found = await self._store.credential(parsed.key_id)
+            found = await self._store.credential(parsed.id)
         except PlatformError as error:
             if error.reason in (Reason.UNAVAILABLE, Reason.DEADLINE_EXCEEDED):
                 raise PlatformError(Reason.AUTH_UNAVAILABLE, retry_after_s=error.retry_after_s) from error
@@ -74,7 +74,7 @@ class Principals:
         now = self._clock.now()
         wrong = "unknown" if found is None else _what_is_wrong(found, parsed, now)
         if found is None or wrong:
-            logger.info("an API key was refused", extra={"api_key_id": parsed.key_id, "why": wrong})
+            logger.info("an API key was refused", extra={"api_key_id": parsed.id, "why": wrong})
             raise PlatformError(Reason.API_KEY_INVALID)
         self._last_uses.note(found.key.organization_id, found.key.api_key_id, now)
         return principal_of(found)
@@ -114,9 +114,9 @@ def principal_of(credential: Credential) -> Principal:
     )
 
 
-def _what_is_wrong(credential: Credential, parsed: api_key.ParsedKey, now: datetime) -> str:
+def _what_is_wrong(credential: Credential, parsed: tokens.ParsedToken, now: datetime) -> str:
     key, holder = credential.key, credential.holder
-    if not api_key.matches(parsed, credential.digest):
+    if not tokens.matches(parsed, credential.digest):
         return "secret"
     if key.revoke_time is not None:
         return "revoked"

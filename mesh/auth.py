@@ -24,7 +24,7 @@ from prometheus_client import Counter
 
 from aiaas.identity.v1 import auth_service_pb2
 from aiaas.type.v1 import limits_pb2, options_pb2, principal_pb2
-from mesh import api_key, context
+from mesh import context, tokens
 from mesh.clock import Clock
 from mesh.errors import PlatformError, Reason, from_rpc_error
 
@@ -266,7 +266,7 @@ class CachedAuthenticator:
         """
         if len(credential) > _CREDENTIAL_LENGTH or not credential.isascii():
             return None
-        digest = api_key.digest_of(credential)
+        digest = tokens.digest_of(credential)
         entry = self._entries.get(digest)
         if entry is None or self._clock.monotonic() >= entry.fresh_until:
             return None
@@ -286,7 +286,7 @@ class CachedAuthenticator:
             raise PlatformError(Reason.MISSING_CREDENTIALS)
         if len(credential) > _CREDENTIAL_LENGTH or not credential.isascii():
             raise PlatformError(Reason.API_KEY_INVALID)
-        digest = api_key.digest_of(credential)
+        digest = tokens.digest_of(credential)
         now = self._clock.monotonic()
         entry = self._entries.get(digest)
         if entry is not None and now < entry.expires_at:
@@ -295,8 +295,9 @@ class CachedAuthenticator:
         refusal = self._refusals.get(digest)
         if refusal is not None and now < refusal[1]:
             raise _again(refusal[0])
-        if credential.startswith(api_key.PREFIX):
-            api_key.parse(credential)
+        for kind in tokens.CREDENTIALS:
+            if credential.startswith(kind.prefix):
+                kind.parse(credential)
         stale = entry if entry is not None and now < entry.expires_at + self._stale_s else None
         if stale is not None and now < self._away_until:
             return self._current(stale.principal, _FROM_STALE)

@@ -23,6 +23,7 @@ _DEPTH = 8
 # What gives itself away by its form, and what is given away by the name before it.
 _SECRETS = (
     (re.compile(r"aia{1,2}s_[\w-]+"), f"aias_{REDACTED}"),
+    (re.compile(r"(ai[a-z]{2})_[a-z]+_[\w-]{20,}"), rf"\1_{REDACTED}"),
     (re.compile(r"\bsk-[\w-]{12,}"), REDACTED),
     (re.compile(r"\bwhsec_[\w+/=-]+"), f"whsec_{REDACTED}"),
     (re.compile(r"\beyJ[\w-]+\.[\w-]+\.[\w-]+"), REDACTED),

@@ -2,12 +2,12 @@
 
 from datetime import datetime
 
-from mesh import api_key
+from mesh import tokens
 from mesh.auth import (
     Principal,
 )
 
-KEY = api_key.generate()
+KEY = tokens.API_KEY.generate()
 """The key that a principal has presented unless told."""
 
 
@@ -16,7 +16,7 @@ def principal(
     organization_id: str = "org_a",
     platform: bool = False,
     expire_time: datetime | None = None,
-    key_id: str = KEY.key_id,
+    key_id: str = KEY.id,
     user_id: str = "",
     service_account_id: str = "",
 ) -> Principal:

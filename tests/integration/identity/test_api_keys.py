@@ -14,7 +14,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from aiaas.identity.v1 import api_key_service_pb2 as pb
 from aiaas.identity.v1 import organization_service_pb2, service_account_service_pb2, user_service_pb2
 from aiaas.type.v1.limits_pb2 import RateLimits
-from mesh import api_key
+from mesh import tokens
 from mesh.errors import Reason
 from tests.integration.identity.harness import Identity
 
@@ -147,8 +147,8 @@ async def test_what_is_no_key_is_refused(identity: Identity, database_url: str) 
     await connection.close()
     assert digest == hashlib.sha256(made.secret.encode()).digest()
     broken = made.secret[:-1] + ("a" if made.secret[-1] != "a" else "b")
-    others_secret = api_key.generate().text.rpartition("_")[2]
-    for presented in (broken, api_key.generate().text, f"aias_{made.api_key.api_key_id}_{others_secret}"):
+    others_secret = tokens.API_KEY.generate().text.rpartition("_")[2]
+    for presented in (broken, tokens.API_KEY.generate().text, f"aias_{made.api_key.api_key_id}_{others_secret}"):
         assert await identity.is_refused(presented)
     for presented in (digest.hex(), f"aias_{made.api_key.api_key_id}_{digest.hex()}", "", "x" * 9000, "\x00", "ключ"):
         assert await identity.is_refused(presented)
@@ -158,8 +158,8 @@ async def test_another_keys_secret_under_this_keys_id_is_refused(identity: Ident
     organization_id = await identity.organization()
     one, other = await identity.key(organization_id), await identity.key(organization_id)
     body = f"aias_{one.api_key.api_key_id}_{other.secret.rpartition('_')[2][:32]}"
-    forged = body + api_key._checksum(body)
-    api_key.parse(forged)
+    forged = body + tokens._checksum(body)
+    tokens.API_KEY.parse(forged)
     assert await identity.is_refused(forged)
 
 

@@ -25,7 +25,7 @@ from aiaas.type.v1.usage_event_pb2 import (
     ENDPOINT_RESPONSES,
     Endpoint,
 )
-from mesh.api_key import generate
+from mesh import tokens
 from mesh.auth import Principal
 from mesh.errors import PlatformError, from_rpc_error
 from mesh.migrate import migrate
@@ -79,7 +79,7 @@ class Router:
     config: RouterConfig
     identity: PeerDouble
     stop: asyncio.Event = field(default_factory=asyncio.Event)
-    credential: str = field(default_factory=lambda: generate().text)
+    credential: str = field(default_factory=lambda: tokens.API_KEY.generate().text)
     way: str = "Infer"
     relays: Relays | None = None
 
@@ -204,7 +204,7 @@ class Router:
 
     def act_as(self, principal: Principal) -> None:
         """A new credential, of which identity says that it is this principal's."""
-        self.credential = generate().text
+        self.credential = tokens.API_KEY.generate().text
         self.identity.answers["Authenticate"] = AuthenticateResponse(principal=principal.to_proto())
 
 

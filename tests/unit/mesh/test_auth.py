@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from aiaas.identity.v1 import auth_service_pb2, auth_service_pb2_grpc
-from mesh import api_key
+from mesh import tokens
 from mesh.auth import (
     CachedAuthenticator,
     Principal,
@@ -21,7 +21,7 @@ from mesh.errors import PlatformError, Reason, to_status
 from tests.doubles.clock import ManualClock
 from tests.doubles.principals import KEY, principal
 
-OTHER_KEY = api_key.generate()
+OTHER_KEY = tokens.API_KEY.generate()
 
 
 def revoked(**subject: str) -> auth_service_pb2.WatchRevocationsResponse:
@@ -44,7 +44,7 @@ class Source:
     """Knows every key text in `known`, counts the calls, and can be away or slow."""
 
     def __init__(self) -> None:
-        self.known = {KEY.text: principal(), OTHER_KEY.text: principal(key_id=OTHER_KEY.key_id)}
+        self.known = {KEY.text: principal(), OTHER_KEY.text: principal(key_id=OTHER_KEY.id)}
         self.calls: list[str] = []
         self.failure: Exception | None = None
         self.open = asyncio.Event()
@@ -132,7 +132,7 @@ async def test_what_is_not_known_is_not_answered_at_once(cache: CachedAuthentica
 async def test_what_is_revoked_or_in_doubt_is_not_answered_at_once(cache: CachedAuthenticator) -> None:
     await cache.authenticate(KEY.text)
     await cache.authenticate(OTHER_KEY.text)
-    cache.invalidate(revoked(api_key_id=KEY.key_id))
+    cache.invalidate(revoked(api_key_id=KEY.id))
     assert cache.cached(KEY.text) is None
     assert cache.cached(OTHER_KEY.text) is not None
     cache.expire_all()
@@ -163,8 +163,8 @@ async def test_a_key_that_ends_within_its_time_in_the_cache_is_not_answered_beyo
 
 
 async def test_an_answer_at_once_counts_as_a_use(source: Source, clock: ManualClock) -> None:
-    keys = [api_key.generate() for _ in range(3)]
-    source.known |= {key.text: principal(key_id=key.key_id) for key in keys}
+    keys = [tokens.API_KEY.generate() for _ in range(3)]
+    source.known |= {key.text: principal(key_id=key.id) for key in keys}
     cache = CachedAuthenticator(source, clock, Random(1), max_entries=2)
     await cache.authenticate(keys[0].text)
     await cache.authenticate(keys[1].text)
@@ -175,8 +175,8 @@ async def test_an_answer_at_once_counts_as_a_use(source: Source, clock: ManualCl
 
 
 async def test_entries_made_together_do_not_all_end_together(source: Source, clock: ManualClock) -> None:
-    keys = [api_key.generate() for _ in range(50)]
-    source.known |= {key.text: principal(key_id=key.key_id) for key in keys}
+    keys = [tokens.API_KEY.generate() for _ in range(50)]
+    source.known |= {key.text: principal(key_id=key.id) for key in keys}
     cache = CachedAuthenticator(source, clock, Random(1), ttl_s=60)
     for key in keys:
         await cache.authenticate(key.text)
@@ -247,20 +247,20 @@ async def test_a_credential_that_is_not_ascii_costs_no_call(cache: CachedAuthent
 
 
 async def test_a_refusal_is_remembered_shortly(cache: CachedAuthenticator, source: Source, clock: ManualClock) -> None:
-    unknown = api_key.generate()
+    unknown = tokens.API_KEY.generate()
     for _ in range(10):
         assert (await refused(cache.authenticate(unknown.text))).reason is Reason.API_KEY_INVALID
     assert len(source.calls) == 1
-    source.known[unknown.text] = principal(key_id=unknown.key_id)
+    source.known[unknown.text] = principal(key_id=unknown.id)
     clock.advance(5)
-    assert (await cache.authenticate(unknown.text)).api_key_id == unknown.key_id
+    assert (await cache.authenticate(unknown.text)).api_key_id == unknown.id
 
 
 async def test_guessed_keys_do_not_push_out_good_ones(source: Source, clock: ManualClock) -> None:
     cache = CachedAuthenticator(source, clock, Random(1), max_entries=10)
     await cache.authenticate(KEY.text)
     for _ in range(100):
-        await refused(cache.authenticate(api_key.generate().text))
+        await refused(cache.authenticate(tokens.API_KEY.generate().text))
     source.calls.clear()
     await cache.authenticate(KEY.text)
     assert source.calls == []
@@ -268,8 +268,8 @@ async def test_guessed_keys_do_not_push_out_good_ones(source: Source, clock: Man
 
 
 async def test_the_least_recently_used_entry_makes_room(source: Source, clock: ManualClock) -> None:
-    keys = [api_key.generate() for _ in range(4)]
-    source.known |= {key.text: principal(key_id=key.key_id) for key in keys}
+    keys = [tokens.API_KEY.generate() for _ in range(4)]
+    source.known |= {key.text: principal(key_id=key.id) for key in keys}
     cache = CachedAuthenticator(source, clock, Random(1), max_entries=3)
     for index in (0, 1, 2, 0, 3):
         await cache.authenticate(keys[index].text)
@@ -286,7 +286,7 @@ async def test_an_invalidated_key_is_asked_for_again_at_once(cache: CachedAuthen
     await cache.authenticate(KEY.text)
     await cache.authenticate(OTHER_KEY.text)
     del source.known[KEY.text]
-    cache.invalidate(revoked(api_key_id=KEY.key_id))
+    cache.invalidate(revoked(api_key_id=KEY.id))
     cache.invalidate(revoked(api_key_id="key_unknown"))
     assert (await refused(cache.authenticate(KEY.text))).reason is Reason.API_KEY_INVALID
     await cache.authenticate(OTHER_KEY.text)
@@ -383,7 +383,7 @@ async def test_what_was_looked_up_before_a_revocation_is_not_kept(cache: CachedA
     source.open.clear()
     before = asyncio.create_task(cache.authenticate(KEY.text))
     await until(lambda: len(source.calls) == 1)
-    cache.invalidate(revoked(api_key_id=KEY.key_id))
+    cache.invalidate(revoked(api_key_id=KEY.id))
     source.open.set()
     await before
     del source.known[KEY.text]
@@ -396,7 +396,7 @@ async def test_a_look_up_that_began_before_a_revocation_is_not_joined(
     source.open.clear()
     before = asyncio.create_task(cache.authenticate(KEY.text))
     await until(lambda: len(source.calls) == 1)
-    cache.invalidate(revoked(api_key_id=KEY.key_id))
+    cache.invalidate(revoked(api_key_id=KEY.id))
     after = asyncio.create_task(cache.authenticate(KEY.text))
     await until(lambda: len(source.calls) == 2)
     source.open.set()
@@ -483,7 +483,7 @@ async def test_an_invalidated_key_is_not_served_while_identity_is_away(
     source.failure = PlatformError(Reason.UNAVAILABLE)
     waiting = asyncio.create_task(cache.authenticate(KEY.text))
     await until(lambda: len(source.calls) == 2)
-    cache.invalidate(revoked(api_key_id=KEY.key_id))
+    cache.invalidate(revoked(api_key_id=KEY.id))
     source.open.set()
     assert (await refused(waiting)).reason is Reason.AUTH_UNAVAILABLE
     assert (await refused(cache.authenticate(KEY.text))).reason is Reason.AUTH_UNAVAILABLE

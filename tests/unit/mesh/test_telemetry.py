@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
 
-from mesh import api_key, context
+from mesh import context, tokens
 from mesh.telemetry import configure_logging, redact
 from tests.doubles.clock import ManualClock
 
 # The same in every worker, as it is part of tests' names.
-KEY = api_key.generate(Random(7), clock=ManualClock()).text
+KEY = tokens.API_KEY.generate(Random(7), clock=ManualClock()).text
 SECRET = KEY.rpartition("_")[2]
+# Of the same secret, as only that is looked for.
+SESSION = f"{tokens.SESSION.prefix}session_{KEY.split('_')[2]}_{SECRET}"
 logger = logging.getLogger("tests.telemetry")
 
 
@@ -101,6 +103,8 @@ def test_an_exception_is_written_without_the_values_of_local_variables(lines: Li
         f"x={KEY}&y=1",
         f"%3D{KEY}",
         KEY[:-4],
+        SESSION,
+        f"%3D{SESSION}",
         f"Authorization: Bearer {SECRET}",
         f"{{'authorization': 'Bearer {SECRET}'}}",
         f"('authorization', 'Bearer {SECRET}')",

@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind
 
-from mesh import api_key, tracing
+from mesh import tokens, tracing
 from mesh.telemetry import JsonFormatter
 from tests.doubles.clock import ManualClock
 from tests.doubles.trace_collector import recording
@@ -203,7 +203,7 @@ def test_a_span_has_no_place_for_prompts_and_credentials(name: str) -> None:
 
 
 def test_text_that_a_client_chose_is_redacted_and_cut() -> None:
-    key = api_key.generate(Random(7), clock=ManualClock()).text
+    key = tokens.API_KEY.generate(Random(7), clock=ManualClock()).text
     secret = key.rpartition("_")[2]
     with recording() as spans:
         span = begun("x")
