@@ -14,10 +14,9 @@ from identity.bootstrap import Bootstrapped, bootstrap
 from identity.config import IdentityConfig
 from identity.revocations import announcer
 from identity.server import serve
-from identity.stores import Store
+from identity.stores import Store, open_database
 from mesh.clock import SystemClock
 from mesh.config import ConfigError, load
-from mesh.database import Database
 from mesh.errors import PlatformError
 from mesh.process import EXIT_FAILED, EXIT_WRONG_CONFIGURATION, main
 from mesh.telemetry import configure_logging
@@ -25,7 +24,7 @@ from mesh.telemetry import configure_logging
 
 async def _bootstrap(config: IdentityConfig, display_name: str, rotate: bool) -> Bootstrapped:
     clock = SystemClock()
-    database = Database(config.database_url)
+    database = open_database(config.database_url)
     try:
         async with announcer(config.redis_url, clock) as revocations:
             return await bootstrap(Store(database, revocations.announce), clock, display_name, rotate=rotate)

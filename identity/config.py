@@ -28,6 +28,11 @@ class IdentityConfig:
         default="",
         secret=True,
     )
+    configuration_path: str = setting(
+        "AIAAS_IDENTITY_CONFIGURATION_PATH",
+        "watched directory of <organization id>.yaml, which organizations are brought to; without it there is none",
+        default="",
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = setting(
         "AIAAS_LOG_LEVEL", "the least severe log records that are written", default="INFO"
     )

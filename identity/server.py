@@ -12,6 +12,8 @@ from aiaas.identity.v1 import (
     auth_service_pb2_grpc,
     budget_service_pb2,
     budget_service_pb2_grpc,
+    configuration_service_pb2,
+    configuration_service_pb2_grpc,
     organization_service_pb2,
     organization_service_pb2_grpc,
     role_service_pb2,
@@ -30,6 +32,9 @@ from identity.budget_overrides import BudgetOverrides
 from identity.budget_service import BudgetService
 from identity.budgets import Budgets
 from identity.config import IdentityConfig
+from identity.configuration_directory import ConfigurationDirectory
+from identity.configuration_service import ConfigurationService
+from identity.configurations import Configurations
 from identity.custom_roles import Roles
 from identity.event_outbox import EventOutbox
 from identity.last_uses import LastUses
@@ -40,12 +45,11 @@ from identity.revocations import announcer
 from identity.role_service import RoleService
 from identity.service_account_service import ServiceAccountService
 from identity.service_accounts import ServiceAccounts
-from identity.stores import Store
+from identity.stores import Store, open_database
 from identity.user_service import UserService
 from identity.users import Users
 from mesh.broker import Broker
 from mesh.clock import Clock, SystemClock
-from mesh.database import Database
 from mesh.interceptors import chain
 from mesh.ops import OpsServer
 from mesh.server import AddServicer, GrpcServer
@@ -53,7 +57,7 @@ from mesh.topology import EVENTS
 
 
 def _services(
-    store: Store, principals: Principals, budgets: BudgetService, clock: Clock
+    store: Store, principals: Principals, budgets: BudgetService, configurations: ConfigurationService, clock: Clock
 ) -> list[tuple[ServiceDescriptor, AddServicer, Any]]:
     api_keys = ApiKeyService(ApiKeys(store, clock), clock)  # type: ignore[abstract]  # RotateApiKey comes later
     return [
@@ -88,6 +92,11 @@ def _services(
             budgets,
         ),
         (
+            configuration_service_pb2.DESCRIPTOR.services_by_name["ConfigurationService"],
+            configuration_service_pb2_grpc.add_ConfigurationServiceServicer_to_server,
+            configurations,
+        ),
+        (
             auth_service_pb2.DESCRIPTOR.services_by_name["AuthService"],
             auth_service_pb2_grpc.add_AuthServiceServicer_to_server,
             AuthService(principals),  # type: ignore[abstract]  # WatchRevocations comes later
@@ -98,7 +107,7 @@ def _services(
 async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
     """Serve until `stop` is set, then drain. Raises mesh.server.AddressInUseError, OSError for a taken ops port."""
     clock = SystemClock()
-    database = Database(config.database_url)
+    database = open_database(config.database_url)
     broker = Broker(config.amqp_url, EVENTS)
     try:
         async with announcer(config.redis_url, clock) as revocations, asyncio.TaskGroup() as tasks:
@@ -111,9 +120,11 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
             outbox = EventOutbox(store, broker)
             leases = BudgetLeases(store, clock)
             budgets = BudgetService(Budgets(store, clock), overrides, leases, changes)
+            configurations = Configurations(store, clock)
+            directory = ConfigurationDirectory(configurations, config.configuration_path)
             grpc_server = GrpcServer(
                 config.grpc_address,
-                _services(store, principals, budgets, clock),
+                _services(store, principals, budgets, ConfigurationService(configurations, directory), clock),
                 chain(principals, traced=bool(config.otlp_endpoint)),
                 reflect=config.reflection,
                 drain_s=config.drain_s,
@@ -124,7 +135,7 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
             await grpc_server.start()
             try:
                 await ops_server.start()
-                for run in (last_uses.run, overrides.run, leases.run, changes.run, outbox.run):
+                for run in (last_uses.run, overrides.run, leases.run, changes.run, outbox.run, directory.run):
                     tasks.create_task(run(ended))
                 await stop.wait()
             finally:

@@ -4,7 +4,7 @@ The pool is made on first use and connects when it is asked, so a process starts
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, TypeAlias
 
@@ -33,8 +33,17 @@ class Database:
     """One database. Everything raises PlatformError(UNAVAILABLE) while PostgreSQL is away; what it says about a
     statement (a broken constraint, say) arrives as asyncpg's own exception."""
 
-    def __init__(self, url: str, *, max_size: int = 10, command_timeout_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        max_size: int = 10,
+        command_timeout_s: float = 10.0,
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
+        """`settings` hold for every connection from its first moment on, `role` for example."""
         self._url = url
+        self._settings = dict(settings or {})
         self._max_size = max_size
         self._command_timeout_s = command_timeout_s
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
@@ -112,6 +121,7 @@ class Database:
                         max_size=self._max_size,
                         command_timeout=self._command_timeout_s,
                         timeout=_ACQUIRE_TIMEOUT_S,
+                        server_settings=self._settings,
                     )
         return self._pool
 

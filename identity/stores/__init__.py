@@ -17,6 +17,7 @@ from identity.stores.budget_leases import BudgetLeaseRows
 from identity.stores.budget_overrides import BudgetOverrideRows
 from identity.stores.budget_periods import BudgetPeriodRows
 from identity.stores.budgets import BudgetRows
+from identity.stores.configurations import ConfigurationRows
 from identity.stores.creations import CreationRows
 from identity.stores.credentials import HolderRows, find_credential
 from identity.stores.organizations import OrganizationRows
@@ -25,7 +26,17 @@ from identity.stores.rows import Connection
 from identity.stores.service_accounts import ServiceAccountRows
 from identity.stores.unpublished_events import UnpublishedEventRows
 from identity.stores.users import UserRows
+from mesh import context
 from mesh.database import Database
+
+# The name in 0004_row_level_security.sql.
+_SETTING = "app.organization_id"
+_EVERY_ORGANIZATION = "*"
+
+
+def open_database(url: str) -> Database:
+    """Identity's database, as the role that owns nothing. What no principal asks for sees every organization."""
+    return Database(url, settings={"role": "aiaas_identity", _SETTING: _EVERY_ORGANIZATION})
 
 
 class Transaction:
@@ -46,6 +57,7 @@ class Transaction:
         self.budget_overrides = BudgetOverrideRows(connection)
         self.budget_alerts = BudgetAlertRows(connection)
         self.unpublished_events = UnpublishedEventRows(connection)
+        self.configurations = ConfigurationRows(connection)
         self.revocations: list[Revocation] = []
 
     async def revoke(self, subject: Subject, subject_id: str) -> None:
@@ -66,14 +78,38 @@ class Store:
         self._announce = announce
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[Transaction]:
-        """A transaction, committed at the end of the block; only then are its revocations announced."""
+    async def transaction(self, *, across: bool = False) -> AsyncIterator[Transaction]:
+        """A transaction, committed at the end of the block; only then are its revocations announced.
+
+        It sees the organization of the principal that makes the call, whatever its statements say. It sees all of them
+        for the platform, for what nobody calls, and `across` them, for what a person does beyond one.
+        """
+        principal = context.principal.get()
         async with self._database.transaction() as connection:
+            if principal is not None and not principal.platform and not across:
+                await connection.execute("SELECT set_config($1, $2, true)", _SETTING, principal.organization_id)
             stored = Transaction(connection)
             yield stored
         for revocation in stored.revocations:
             await self._announce(revocation)
 
+    def joined(self, stored: Transaction) -> Store:
+        """The same store, all of whose transactions are parts of one that has begun: nothing of them is committed
+        before it is, and the failure of one is for it to answer."""
+        return _JoinedStore(self._database, self._announce, stored)
+
     async def credential(self, api_key_id: str) -> Credential | None:
         """All that decides on an API key, in one query."""
         return await find_credential(self._database, api_key_id)
+
+
+class _JoinedStore(Store):
+    def __init__(
+        self, database: Database, announce: Callable[[Revocation], Awaitable[None]], stored: Transaction
+    ) -> None:
+        super().__init__(database, announce)
+        self._stored = stored
+
+    @asynccontextmanager
+    async def transaction(self, *, across: bool = False) -> AsyncIterator[Transaction]:
+        yield self._stored

@@ -53,6 +53,7 @@ class Identity:
 
     def __init__(self, channel: grpc.aio.Channel, platform: Bootstrapped, stop: Callable[[], None]) -> None:
         assert platform.secret is not None
+        self.channel = channel
         self.stop = stop
         self.platform = platform
         self.admin: str = platform.secret
@@ -130,7 +131,12 @@ class Identity:
 
 @asynccontextmanager
 async def running_identity(
-    database_url: str, folder: Path, redis_url: str = "", amqp_url: str = NO_BROKER, drain_s: float = 1.0
+    database_url: str,
+    folder: Path,
+    redis_url: str = "",
+    amqp_url: str = NO_BROKER,
+    drain_s: float = 1.0,
+    configuration_path: str = "",
 ) -> AsyncIterator[Identity]:
     """identity on a unix socket over a migrated database, bootstrapped. Without a broker its events wait."""
     socket = f"unix:{folder}/identity.sock"
@@ -141,6 +147,7 @@ async def running_identity(
         amqp_url=amqp_url,
         redis_url=redis_url,
         drain_s=drain_s,
+        configuration_path=configuration_path,
     )
     stop = asyncio.Event()
     async with asyncio.TaskGroup() as tasks:
