@@ -92,12 +92,16 @@ class Postgres:
         await _start_all(supervisor, self.programs())
 
     async def database(self, name: str) -> str:
-        """Makes a database and the role of its name that owns it, where they are missing; returns its address."""
+        """Makes a database, the role of its name that owns it, and the one that its service may work as (aiaas_...),
+        where they are missing; returns its address."""
         connection = await asyncpg.connect(self.admin_url)
         try:
             if not await connection.fetchval("SELECT 1 FROM pg_roles WHERE rolname = $1", name):
                 password = self._state.secret(f"postgres-{name}")
                 await connection.execute(f"CREATE ROLE \"{name}\" LOGIN PASSWORD '{password}'")
+            if not await connection.fetchval("SELECT 1 FROM pg_roles WHERE rolname = $1", f"aiaas_{name}"):
+                await connection.execute(f'CREATE ROLE "aiaas_{name}" NOLOGIN')
+                await connection.execute(f'GRANT "aiaas_{name}" TO "{name}"')
             if not await connection.fetchval("SELECT 1 FROM pg_database WHERE datname = $1", name):
                 await connection.execute(f'CREATE DATABASE "{name}" OWNER "{name}"')
         finally:

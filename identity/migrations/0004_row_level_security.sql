@@ -1,16 +1,21 @@
 -- The second wall between organizations: whatever a statement forgets, the service sees the rows of the organization
 -- that its transaction is for, or of all where it says '*', and of none where it says nothing. The service works as a
--- role that owns nothing, so that it cannot take the wall down; roles belong to the whole server, hence the look first.
+-- role that owns nothing, so that it cannot take the wall down. Roles belong to the whole server: one who may not make
+-- any finds it made and granted.
 DO $$
 DECLARE
     tenant_table text;
 BEGIN
-    BEGIN
-        CREATE ROLE aiaas_identity NOLOGIN;
-    EXCEPTION
-        WHEN duplicate_object OR unique_violation THEN NULL;
-    END;
-    EXECUTE format('GRANT aiaas_identity TO %I', current_user);
+    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'aiaas_identity') THEN
+        BEGIN
+            CREATE ROLE aiaas_identity NOLOGIN;
+        EXCEPTION
+            WHEN duplicate_object OR unique_violation THEN NULL;
+        END;
+    END IF;
+    IF NOT pg_has_role(current_user, 'aiaas_identity', 'MEMBER') THEN
+        EXECUTE format('GRANT aiaas_identity TO %I', current_user);
+    END IF;
     GRANT USAGE ON SCHEMA public TO aiaas_identity;
     GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO aiaas_identity;
     GRANT USAGE, SELECT ON ALL SEQUENCES IN SCHEMA public TO aiaas_identity;
