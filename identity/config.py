@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from identity.audit_chain import KEYS_PATTERN
 from mesh.config import setting
 
 
@@ -16,6 +17,12 @@ class IdentityConfig:
         "AIAAS_IDENTITY_DATABASE_URL", "PostgreSQL of identity, postgresql://user@host:port/name", secret=True
     )
     amqp_url: str = setting("AIAAS_IDENTITY_AMQP_URL", "amqp://... that events are published to", secret=True)
+    audit_keys: Annotated[str, msgspec.Meta(pattern=KEYS_PATTERN)] = setting(
+        "AIAAS_IDENTITY_AUDIT_KEY",
+        "base64 of 32 random bytes, by which the audit log is signed; after a comma those that signed before it,"
+        " without which what they signed is no longer taken for the platform's",
+        secret=True,
+    )
     grpc_address: str = setting(
         "AIAAS_IDENTITY_GRPC_ADDRESS", "host:port or unix:path of the gRPC server", default="127.0.0.1:27001"
     )

@@ -7,6 +7,11 @@ _CROSSED = Counter(
     "Budgets' thresholds that were passed; percent is 50, 80, 100 or other.",
     ["percent"],
 )
+_UNRECORDED = Counter(
+    "aiaas_audit_unrecorded_attempts_total",
+    "Denied and failed attempts without an audit entry: beyond the bounds (bounded), or not writable (failed).",
+    ["why"],
+)
 _USUAL = {percent: _CROSSED.labels(str(percent)) for percent in (50, 80, 100)}
 _OTHER = _CROSSED.labels("other")
 
@@ -14,3 +19,8 @@ _OTHER = _CROSSED.labels("other")
 def count_crossed(percent: int) -> None:
     """Count a threshold that was passed."""
     _USUAL.get(percent, _OTHER).inc()
+
+
+def count_unrecorded(why: str) -> None:
+    """Count an attempt that changed nothing and was not recorded: "bounded" or "failed"."""
+    _UNRECORDED.labels(why).inc()

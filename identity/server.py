@@ -8,6 +8,8 @@ from google.protobuf.descriptor import ServiceDescriptor
 from aiaas.identity.v1 import (
     api_key_service_pb2,
     api_key_service_pb2_grpc,
+    audit_service_pb2,
+    audit_service_pb2_grpc,
     auth_service_pb2,
     auth_service_pb2_grpc,
     budget_service_pb2,
@@ -25,6 +27,10 @@ from aiaas.identity.v1 import (
 )
 from identity.api_key_service import ApiKeyService
 from identity.api_keys import ApiKeys
+from identity.audit import Audit
+from identity.audit_chain import AuditKeys
+from identity.audit_interceptor import AuditInterceptor
+from identity.audit_service import AuditService
 from identity.auth_service import AuthService
 from identity.budget_changes import BudgetChanges
 from identity.budget_leases import BudgetLeases
@@ -111,7 +117,9 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
     broker = Broker(config.amqp_url, EVENTS)
     try:
         async with announcer(config.redis_url, clock) as revocations, asyncio.TaskGroup() as tasks:
-            store = Store(database, revocations.announce)
+            audit_keys = AuditKeys(config.audit_keys)
+            store = Store(database, revocations.announce, audit_keys)
+            audit = Audit(store, clock, audit_keys)
             last_uses = LastUses(store)
             # Its own principals are asked of the domain at each call: nothing here may be older than the database.
             principals = Principals(store, clock, last_uses)
@@ -124,8 +132,15 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
             directory = ConfigurationDirectory(configurations, config.configuration_path)
             grpc_server = GrpcServer(
                 config.grpc_address,
-                _services(store, principals, budgets, ConfigurationService(configurations, directory), clock),
-                chain(principals, traced=bool(config.otlp_endpoint)),
+                [
+                    *_services(store, principals, budgets, ConfigurationService(configurations, directory), clock),
+                    (
+                        audit_service_pb2.DESCRIPTOR.services_by_name["AuditService"],
+                        audit_service_pb2_grpc.add_AuditServiceServicer_to_server,
+                        AuditService(audit),
+                    ),
+                ],
+                chain(principals, traced=bool(config.otlp_endpoint), witnesses=[AuditInterceptor(audit, clock)]),
                 reflect=config.reflection,
                 drain_s=config.drain_s,
             )
@@ -135,7 +150,10 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
             await grpc_server.start()
             try:
                 await ops_server.start()
-                for run in (last_uses.run, overrides.run, leases.run, changes.run, outbox.run, directory.run):
+                for run in (
+                    *(last_uses.run, overrides.run, leases.run, changes.run, outbox.run, directory.run),
+                    audit.run,
+                ):
                     tasks.create_task(run(ended))
                 await stop.wait()
             finally:

@@ -86,6 +86,7 @@ def _with_context(details: grpc.aio.ClientCallDetails, default_timeout_s: float 
     metadata = grpc.aio.Metadata(*(details.metadata or ()))
     carried = {
         "x-request-id": call.request_id.get(),
+        "x-client-address": call.client_address.get(),
         "authorization": f"Bearer {call.credential.get()}" if call.credential.get() else "",
     }
     # W3C trace context, where the call belongs to a span.

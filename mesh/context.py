@@ -17,5 +17,8 @@ principal: ContextVar[Principal | None] = ContextVar("principal", default=None)
 credential: ContextVar[str] = ContextVar("credential", default="")
 """The credential the caller presented, passed on to the next service; it never reaches a log."""
 
+client_address: ContextVar[str] = ContextVar("client_address", default="")
+"""The network address of the client whose request is served, passed on to the next service; empty when unknown."""
+
 deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
 """When the call being served must be over, in the event loop's time (seconds); None when it has no end."""

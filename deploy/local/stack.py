@@ -200,6 +200,8 @@ class _Composition:
                 f"AIAAS_{upper}_REDIS_URL": self.valkey.url,
                 f"AIAAS_{upper}_AMQP_URL": self.rabbitmq.url,
             }
+        if service == "identity":
+            own["AIAAS_IDENTITY_AUDIT_KEY"] = self.state.key("identity-audit")
         if service == "router":
             own["AIAAS_ROUTER_JOURNAL_PATH"] = str(self.state.folder("router") / "journal")
         if service == "analytics":

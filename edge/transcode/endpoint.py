@@ -15,6 +15,7 @@ from edge.peers import Peer, Peers, following
 from edge.transcode.binding import RestRequest, bind
 from edge.transcode.fields import is_nested
 from edge.transcode.routes import Route, RouteTable
+from mesh import context
 from mesh.errors import PlatformError, to_aip193
 
 _TIMEOUT_S = 30.0
@@ -42,6 +43,7 @@ class Transcoder:
         route, path_values = self.table.find(exchange.method, scope["raw_path"])
         exchange.route = route.template
         exchange.take_credential(required=not route.is_public)
+        context.client_address.set(exchange.client_address)
         body = await exchange.read_body()
         if body:
             exchange.expect_json()

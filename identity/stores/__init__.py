@@ -7,11 +7,14 @@ address, and an API key by its id. Routers' leases are found by their router.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
+from identity import attempts
+from identity.audit_chain import AuditEntry, AuditKeys
 from identity.principals import Credential
 from identity.revocations import Revocation, Subject
 from identity.stores.api_keys import ApiKeyRows
+from identity.stores.audit import AuditRows
 from identity.stores.budget_alerts import BudgetAlertRows
 from identity.stores.budget_leases import BudgetLeaseRows
 from identity.stores.budget_overrides import BudgetOverrideRows
@@ -28,6 +31,7 @@ from identity.stores.unpublished_events import UnpublishedEventRows
 from identity.stores.users import UserRows
 from mesh import context
 from mesh.database import Database
+from mesh.errors import PlatformError, Reason
 
 # The name in 0004_row_level_security.sql.
 _SETTING = "app.organization_id"
@@ -58,6 +62,7 @@ class Transaction:
         self.budget_alerts = BudgetAlertRows(connection)
         self.unpublished_events = UnpublishedEventRows(connection)
         self.configurations = ConfigurationRows(connection)
+        self.audit = AuditRows(connection)
         self.revocations: list[Revocation] = []
 
     async def revoke(self, subject: Subject, subject_id: str) -> None:
@@ -71,27 +76,50 @@ class Transaction:
 
 
 class Store:
-    """Identity's database. Every method raises PlatformError(UNAVAILABLE) while PostgreSQL is away."""
+    """Identity's database. Every method raises PlatformError(UNAVAILABLE) while PostgreSQL is away.
 
-    def __init__(self, database: Database, announce: Callable[[Revocation], Awaitable[None]]) -> None:
+    `audit_keys` sign the entries of calls that are recorded (identity.attempts); without them no such call is served.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        announce: Callable[[Revocation], Awaitable[None]],
+        audit_keys: AuditKeys | None = None,
+    ) -> None:
         self._database = database
         self._announce = announce
+        self._audit_keys = audit_keys
 
     @asynccontextmanager
     async def transaction(self, *, across: bool = False) -> AsyncIterator[Transaction]:
         """A transaction, committed at the end of the block; only then are its revocations announced.
 
+        Within a call that is recorded it is committed, with its entry in the audit log, when the next one begins or
+        the call ends: so nothing that takes long should come after it, or `settle` before that.
+
         It sees the organization of the principal that makes the call, whatever its statements say. It sees all of them
         for the platform, for what nobody calls, and `across` them, for what a person does beyond one.
         """
+        await self.settle()
         principal = context.principal.get()
-        async with self._database.transaction() as connection:
+        async with AsyncExitStack() as opened:
+            connection = await opened.enter_async_context(self._database.transaction())
             if principal is not None and not principal.platform and not across:
                 await connection.execute("SELECT set_config($1, $2, true)", _SETTING, principal.organization_id)
             stored = Transaction(connection)
             yield stored
-        for revocation in stored.revocations:
-            await self._announce(revocation)
+            held = _Held(opened.pop_all(), stored, self._announce, self._audit_keys)
+        attempt = attempts.current.get()
+        if attempt is None:
+            await held.commit(None, even_unchanged=False)
+        else:
+            await attempt.hold(held)
+
+    async def settle(self) -> None:
+        """Commit now what the call that is served has changed so far, before it does something that takes long."""
+        if attempt := attempts.current.get():
+            await attempt.settle()
 
     def joined(self, stored: Transaction) -> Store:
         """The same store, all of whose transactions are parts of one that has begun: nothing of them is committed
@@ -101,6 +129,35 @@ class Store:
     async def credential(self, api_key_id: str) -> Credential | None:
         """All that decides on an API key, in one query."""
         return await find_credential(self._database, api_key_id)
+
+
+class _Held:
+    """A transaction that its block has left without an error; see identity.attempts.Held."""
+
+    def __init__(
+        self,
+        opened: AsyncExitStack,
+        stored: Transaction,
+        announce: Callable[[Revocation], Awaitable[None]],
+        audit_keys: AuditKeys | None,
+    ) -> None:
+        self._opened = opened
+        self._stored = stored
+        self._announce = announce
+        self._audit_keys = audit_keys
+
+    async def commit(self, entry: AuditEntry | None, *, even_unchanged: bool) -> bool:
+        """Commit it, with `entry` if it changed anything or `even_unchanged`; whether the entry is in it."""
+        recorded = False
+        async with self._opened:
+            if entry is not None and (even_unchanged or await self._stored.audit.has_changed_anything()):
+                if self._audit_keys is None:
+                    raise PlatformError(Reason.INTERNAL)
+                await self._stored.audit.append(entry, self._audit_keys)
+                recorded = True
+        for revocation in self._stored.revocations:
+            await self._announce(revocation)
+        return recorded
 
 
 class _JoinedStore(Store):

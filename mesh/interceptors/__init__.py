@@ -6,6 +6,7 @@ turn exceptions into statuses, the deadline covers authentication too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -20,11 +21,16 @@ from mesh.interceptors.tracing import tracing_interceptor
 
 
 def chain(
-    authenticator: Authenticator, *, traced: bool = False, stream_timeout_s: float = 600.0
+    authenticator: Authenticator,
+    *,
+    traced: bool = False,
+    stream_timeout_s: float = 600.0,
+    witnesses: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = (),
 ) -> list[grpc.aio.ServerInterceptor[Any, Any]]:
     """The interceptors of every server of the platform, outermost first.
 
-    `traced` says whether spans go anywhere; `stream_timeout_s` ends streams whose caller set no deadline.
+    `traced` says whether spans go anywhere; `stream_timeout_s` ends streams whose caller set no deadline. `witnesses`
+    are a service's own, which see every call as it is judged and as it ends.
     """
     return [
         RequestIdInterceptor(),
@@ -32,5 +38,6 @@ def chain(
         MetricsInterceptor(),
         ErrorsInterceptor(),
         DeadlineInterceptor(stream_timeout_s=stream_timeout_s),
+        *witnesses,
         AuthInterceptor(authenticator),
     ]

@@ -33,9 +33,10 @@ class AuthInterceptor(AsyncServerInterceptor):
         if policy.WhichOneof("access") not in _WITHOUT_PRINCIPAL:
             credential = credential_of(metadata_value(context, "authorization"))
             principal = await self._authenticator.authenticate(credential)
+            # Set first, so that whoever sees a refusal knows whose it is.
+            call.principal.set(principal)
             # A stream of requests is judged by permission alone; its handler judges each message.
             authorize(principal, policy, request if isinstance(request, Message) else Empty())
-            call.principal.set(principal)
             call.credential.set(credential)
         return await proceed(method, request, context)
 

@@ -1,5 +1,6 @@
 """Admin REST and usage: who may see what, errors in AIP-193's shape, and tokens counted as the answer told them."""
 
+import json
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -196,3 +197,19 @@ def test_every_process_answers_health_ready_and_metrics(platform: Platform) -> N
         response = httpx.get(f"{platform.base_url}{path}", trust_env=False)
         assert response.status_code == 200
         assert content in response.text
+
+
+def test_audit_log_of_an_organization_is_exported_as_lines_and_verifies(platform: Platform) -> None:
+    tenant = platform.new_tenant("Audited")
+    path = f"/admin/v1/organizations/{tenant.organization_id}"
+    with platform.admin as admin:
+        assert admin.post(f"{path}/audit-checkpoints", json={}).status_code == 200
+        exported = admin.get(f"{path}/audit-entries:export")
+        verified = admin.get(f"{path}/audit-entries:verify").json()
+    entries = [json.loads(line)["audit_entry"] for line in exported.text.splitlines()]
+    assert exported.headers["content-type"] == "application/x-ndjson"
+    assert [int(entry["sequence"]) for entry in entries] == list(range(1, len(entries) + 1))
+    assert {entry["client_address"] for entry in entries} == {"127.0.0.1"}
+    assert entries[-1]["method"] == "/aiaas.identity.v1.AuditService/CreateAuditCheckpoint"
+    assert verified["intact"] is True
+    assert (int(verified["entries"]), int(verified["checkpoints"])) == (len(entries), 1)

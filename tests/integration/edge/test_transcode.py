@@ -56,6 +56,7 @@ async def test_key_is_made_with_credential_request_id_and_deadline(edge: Edge, i
     )
     assert call.metadata["authorization"] == f"Bearer {KEY}"
     assert call.metadata["x-request-id"] == "mine"
+    assert call.metadata["x-client-address"] == "127.0.0.1"
     assert call.timeout_s is not None
     assert 20 < call.timeout_s < 31
 

@@ -3,9 +3,11 @@
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import asyncpg
 import pytest
 
 from mesh.migrate import migrate
+from tests.integration.identity.auditing import Sql
 from tests.integration.identity.budgeting import Ledger, ledger_of
 from tests.integration.identity.harness import Identity, running_identity
 from tests.integration.identity.leasing import UNBALANCED, UNTOLD, Router
@@ -16,6 +18,14 @@ async def database_url(postgres_url: str) -> str:
     """A database of identity, migrated and empty."""
     await migrate(postgres_url, "identity.migrations")
     return postgres_url
+
+
+@pytest.fixture
+async def sql(database_url: str) -> AsyncIterator[Sql]:
+    """Somebody who may do anything in the database."""
+    connection = await asyncpg.connect(database_url)
+    yield connection
+    await connection.close()
 
 
 @pytest.fixture

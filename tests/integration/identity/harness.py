@@ -1,6 +1,7 @@
 """A running identity and short ways to call it; it never reaches around the gRPC API but for what no RPC offers."""
 
 import asyncio
+import base64
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import pytest
 from aiaas.identity.v1 import (
     api_key_service_pb2,
     api_key_service_pb2_grpc,
+    audit_service_pb2_grpc,
     auth_service_pb2,
     auth_service_pb2_grpc,
     budget_service_pb2_grpc,
@@ -37,6 +39,7 @@ from mesh.errors import PlatformError, Reason, from_rpc_error
 T = TypeVar("T")
 
 NO_BROKER = "amqp://127.0.0.1:1/"
+AUDIT_KEY = base64.b64encode(bytes(range(32))).decode()
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Identity:
         self.api_keys = api_key_service_pb2_grpc.ApiKeyServiceStub(channel)
         self.roles = role_service_pb2_grpc.RoleServiceStub(channel)
         self.budgets = budget_service_pb2_grpc.BudgetServiceStub(channel)
+        self.audit = audit_service_pb2_grpc.AuditServiceStub(channel)
         self.auth = auth_service_pb2_grpc.AuthServiceStub(channel)
 
     async def call(self, method: Callable[..., Awaitable[T]], request: object, secret: str | None = None) -> T:
@@ -145,6 +149,7 @@ async def running_identity(
         ops_address="127.0.0.1:0",
         database_url=database_url,
         amqp_url=amqp_url,
+        audit_keys=AUDIT_KEY,
         redis_url=redis_url,
         drain_s=drain_s,
         configuration_path=configuration_path,

@@ -21,7 +21,7 @@ from mesh.errors import PlatformError, Reason
 from mesh.migrate import migrate
 from mesh.revocations import CHANNEL
 from tests.doubles.tcp_gate import TcpGate
-from tests.integration.identity.harness import NO_BROKER, Identity, bootstrapped, running_identity
+from tests.integration.identity.harness import AUDIT_KEY, NO_BROKER, Identity, bootstrapped, running_identity
 
 MIGRATIONS = sorted(
     file.name for file in resources.files("identity.migrations").iterdir() if file.name.endswith(".sql")
@@ -41,7 +41,11 @@ async def run(environment: dict[str, str], *arguments: str) -> tuple[int, str, s
 
 
 async def test_bootstrap_makes_the_administrator_once(postgres_url: str) -> None:
-    environment = {"AIAAS_IDENTITY_DATABASE_URL": postgres_url, "AIAAS_IDENTITY_AMQP_URL": NO_BROKER}
+    environment = {
+        "AIAAS_IDENTITY_DATABASE_URL": postgres_url,
+        "AIAAS_IDENTITY_AMQP_URL": NO_BROKER,
+        "AIAAS_IDENTITY_AUDIT_KEY": AUDIT_KEY,
+    }
     status, output, _ = await run(environment, "migrate")
     assert (status, output) == (0, "".join(f"applied {name}\n" for name in MIGRATIONS))
     status, output, errors = await run(environment, "bootstrap", "--display-name", "Our platform")
@@ -73,6 +77,7 @@ async def test_wrong_configuration_is_named_and_its_secret_is_not() -> None:
     assert status == 2
     assert "AIAAS_IDENTITY_DATABASE_URL" in errors
     assert "AIAAS_IDENTITY_AMQP_URL" in errors
+    assert "AIAAS_IDENTITY_AUDIT_KEY" in errors
     assert "AIAAS_IDENTITY_OPS_ADDRESS" in errors
     status, _, errors = await run({}, "bootstrap")
     assert status == 2
@@ -84,6 +89,7 @@ async def test_bootstrap_without_a_database_says_so() -> None:
         {
             "AIAAS_IDENTITY_DATABASE_URL": "postgresql://app:hidden-password@127.0.0.1:1/identity",
             "AIAAS_IDENTITY_AMQP_URL": NO_BROKER,
+            "AIAAS_IDENTITY_AUDIT_KEY": AUDIT_KEY,
         },
         "bootstrap",
     )
@@ -106,6 +112,7 @@ async def test_process_serves_until_it_is_told_to_stop(database_url: str, tmp_pa
             "AIAAS_IDENTITY_OPS_ADDRESS": ops_address,
             "AIAAS_IDENTITY_DATABASE_URL": database_url,
             "AIAAS_IDENTITY_AMQP_URL": NO_BROKER,
+            "AIAAS_IDENTITY_AUDIT_KEY": AUDIT_KEY,
         },
         stderr=asyncio.subprocess.PIPE,
     )

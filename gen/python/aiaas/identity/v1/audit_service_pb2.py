@@ -27,7 +27,7 @@ from aiaas.type.v1 import principal_pb2 as aiaas_dot_type_dot_v1_dot_principal__
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%aiaas/identity/v1/audit_service.proto\x12\x11\x61iaas.identity.v1\x1a\x1b\x61iaas/type/v1/options.proto\x1a\x1d\x61iaas/type/v1/principal.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf3\x01\n\x0b\x41uditFilter\x12.\n\nstart_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0cprincipal_id\x18\x03 \x01(\t\x12\x12\n\npermission\x18\x04 \x01(\t\x12\x15\n\rresource_type\x18\x05 \x01(\t\x12\x13\n\x0bresource_id\x18\x06 \x01(\t\x12\x30\n\x07outcome\x18\x07 \x01(\x0e\x32\x1f.aiaas.identity.v1.AuditOutcome\"\xf3\x03\n\nAuditEntry\x12\x16\n\x0e\x61udit_entry_id\x18\x01 \x01(\t\x12\x17\n\x0forganization_id\x18\x02 \x01(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x03\x12.\n\nevent_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x0eprincipal_kind\x18\x05 \x01(\x0e\x32\x1c.aiaas.type.v1.PrincipalKind\x12\x14\n\x0cprincipal_id\x18\x06 \x01(\t\x12\x12\n\napi_key_id\x18\x07 \x01(\t\x12\x0e\n\x06method\x18\x08 \x01(\t\x12\x12\n\npermission\x18\t \x01(\t\x12\x15\n\rresource_type\x18\n \x01(\t\x12\x13\n\x0bresource_id\x18\x0b \x01(\t\x12\x30\n\x07outcome\x18\x0c \x01(\x0e\x32\x1f.aiaas.identity.v1.AuditOutcome\x12\x0e\n\x06reason\x18\r \x01(\t\x12/\n\x07\x63hanges\x18\x0e \x03(\x0b\x32\x1e.aiaas.identity.v1.AuditChange\x12\x12\n\nrequest_id\x18\x0f \x01(\t\x12\x16\n\x0e\x63lient_address\x18\x10 \x01(\t\x12\x15\n\rprevious_hash\x18\x11 \x01(\x0c\x12\x0c\n\x04hash\x18\x12 \x01(\x0c\"E\n\x0b\x41uditChange\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x13\n\x0b\x62\x65\x66ore_json\x18\x02 \x01(\t\x12\x12\n\nafter_json\x18\x03 \x01(\t\"\xbb\x01\n\x0f\x41uditCheckpoint\x12\x1b\n\x13\x61udit_checkpoint_id\x18\x01 \x01(\t\x12\x17\n\x0forganization_id\x18\x02 \x01(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x03\x12\x0c\n\x04hash\x18\x04 \x01(\x0c\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06key_id\x18\x06 \x01(\t\x12\x11\n\tsignature\x18\x07 \x01(\x0c\"\x89\x01\n\x17ListAuditEntriesRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12.\n\x06\x66ilter\x18\x02 \x01(\x0b\x32\x1e.aiaas.identity.v1.AuditFilter\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\"i\n\x18ListAuditEntriesResponse\x12\x34\n\raudit_entries\x18\x01 \x03(\x0b\x32\x1d.aiaas.identity.v1.AuditEntry\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"G\n\x14GetAuditEntryRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61udit_entry_id\x18\x02 \x01(\t\"K\n\x15GetAuditEntryResponse\x12\x32\n\x0b\x61udit_entry\x18\x01 \x01(\x0b\x32\x1d.aiaas.identity.v1.AuditEntry\"d\n\x19\x45xportAuditEntriesRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12.\n\x06\x66ilter\x18\x02 \x01(\x0b\x32\x1e.aiaas.identity.v1.AuditFilter\"P\n\x1a\x45xportAuditEntriesResponse\x12\x32\n\x0b\x61udit_entry\x18\x01 \x01(\x0b\x32\x1d.aiaas.identity.v1.AuditEntry\"H\n\x15VerifyAuditLogRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\"~\n\x16VerifyAuditLogResponse\x12\x0e\n\x06intact\x18\x01 \x01(\x08\x12\x0f\n\x07\x65ntries\x18\x02 \x01(\x03\x12\x13\n\x0b\x63heckpoints\x18\x03 \x01(\x03\x12\x1d\n\x15\x66irst_broken_sequence\x18\x04 \x01(\x03\x12\x0f\n\x07problem\x18\x05 \x01(\t\"]\n\x1bListAuditCheckpointsRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"v\n\x1cListAuditCheckpointsResponse\x12=\n\x11\x61udit_checkpoints\x18\x01 \x03(\x0b\x32\".aiaas.identity.v1.AuditCheckpoint\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"Q\n\x19RecordAuditEntriesRequest\x12\x34\n\raudit_entries\x18\x01 \x03(\x0b\x32\x1d.aiaas.identity.v1.AuditEntry\"\x1c\n\x1aRecordAuditEntriesResponse*~\n\x0c\x41uditOutcome\x12\x1d\n\x19\x41UDIT_OUTCOME_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x41UDIT_OUTCOME_SUCCEEDED\x10\x01\x12\x18\n\x14\x41UDIT_OUTCOME_DENIED\x10\x02\x12\x18\n\x14\x41UDIT_OUTCOME_FAILED\x10\x03\x32\xaf\t\n\x0c\x41uditService\x12\xc8\x01\n\x10ListAuditEntries\x12*.aiaas.identity.v1.ListAuditEntriesRequest\x1a+.aiaas.identity.v1.ListAuditEntriesResponse\"[\x90\x02\x01\xaa\xd4\x18T\n\x12\x61udit_entries.list*>\n\x03GET\x12\x37/admin/v1/organizations/{organization_id}/audit-entries\x12\xcf\x01\n\rGetAuditEntry\x12\'.aiaas.identity.v1.GetAuditEntryRequest\x1a(.aiaas.identity.v1.GetAuditEntryResponse\"k\x90\x02\x01\xaa\xd4\x18\x64\n\x11\x61udit_entries.get*O\n\x03GET\x12H/admin/v1/organizations/{organization_id}/audit-entries/{audit_entry_id}\x12\xd9\x01\n\x12\x45xportAuditEntries\x12,.aiaas.identity.v1.ExportAuditEntriesRequest\x1a-.aiaas.identity.v1.ExportAuditEntriesResponse\"d\x90\x02\x01\xaa\xd4\x18]\n\x14\x61udit_entries.export*E\n\x03GET\x12>/admin/v1/organizations/{organization_id}/audit-entries:export0\x01\x12\xcb\x01\n\x0eVerifyAuditLog\x12(.aiaas.identity.v1.VerifyAuditLogRequest\x1a).aiaas.identity.v1.VerifyAuditLogResponse\"d\x90\x02\x01\xaa\xd4\x18]\n\x14\x61udit_entries.verify*E\n\x03GET\x12>/admin/v1/organizations/{organization_id}/audit-entries:verify\x12\xdc\x01\n\x14ListAuditCheckpoints\x12..aiaas.identity.v1.ListAuditCheckpointsRequest\x1a/.aiaas.identity.v1.ListAuditCheckpointsResponse\"c\x90\x02\x01\xaa\xd4\x18\\\n\x16\x61udit_checkpoints.list*B\n\x03GET\x12;/admin/v1/organizations/{organization_id}/audit-checkpoints\x12y\n\x12RecordAuditEntries\x12,.aiaas.identity.v1.RecordAuditEntriesRequest\x1a-.aiaas.identity.v1.RecordAuditEntriesResponse\"\x06\xaa\xd4\x18\x02 \x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%aiaas/identity/v1/audit_service.proto\x12\x11\x61iaas.identity.v1\x1a\x1b\x61iaas/type/v1/options.proto\x1a\x1d\x61iaas/type/v1/principal.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf3\x01\n\x0b\x41uditFilter\x12.\n\nstart_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0cprincipal_id\x18\x03 \x01(\t\x12\x12\n\npermission\x18\x04 \x01(\t\x12\x15\n\rresource_type\x18\x05 \x01(\t\x12\x13\n\x0bresource_id\x18\x06 \x01(\t\x12\x30\n\x07outcome\x18\x07 \x01(\x0e\x32\x1f.aiaas.identity.v1.AuditOutcome\"\x96\x04\n\nAuditEntry\x12\x16\n\x0e\x61udit_entry_id\x18\x01 \x01(\t\x12\x17\n\x0forganization_id\x18\x02 \x01(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x03\x12.\n\nevent_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x0eprincipal_kind\x18\x05 \x01(\x0e\x32\x1c.aiaas.type.v1.PrincipalKind\x12\x14\n\x0cprincipal_id\x18\x06 \x01(\t\x12\x12\n\napi_key_id\x18\x07 \x01(\t\x12\x0e\n\x06method\x18\x08 \x01(\t\x12\x12\n\npermission\x18\t \x01(\t\x12\x15\n\rresource_type\x18\n \x01(\t\x12\x13\n\x0bresource_id\x18\x0b \x01(\t\x12\x30\n\x07outcome\x18\x0c \x01(\x0e\x32\x1f.aiaas.identity.v1.AuditOutcome\x12\x0e\n\x06reason\x18\r \x01(\t\x12/\n\x07\x63hanges\x18\x0e \x03(\x0b\x32\x1e.aiaas.identity.v1.AuditChange\x12\x12\n\nrequest_id\x18\x0f \x01(\t\x12\x16\n\x0e\x63lient_address\x18\x10 \x01(\t\x12\x15\n\rprevious_hash\x18\x11 \x01(\x0c\x12\x0c\n\x04hash\x18\x12 \x01(\x0c\x12\x0e\n\x06key_id\x18\x13 \x01(\t\x12\x11\n\tsignature\x18\x14 \x01(\x0c\"E\n\x0b\x41uditChange\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x13\n\x0b\x62\x65\x66ore_json\x18\x02 \x01(\t\x12\x12\n\nafter_json\x18\x03 \x01(\t\"\xbb\x01\n\x0f\x41uditCheckpoint\x12\x1b\n\x13\x61udit_checkpoint_id\x18\x01 \x01(\t\x12\x17\n\x0forganization_id\x18\x02 \x01(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x03\x12\x0c\n\x04hash\x18\x04 \x01(\x0c\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06key_id\x18\x06 \x01(\t\x12\x11\n\tsignature\x18\x07 \x01(\x0c\"\x89\x01\n\x17ListAuditEntriesRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12.\n\x06\x66ilter\x18\x02 \x01(\x0b\x32\x1e.aiaas.identity.v1.AuditFilter\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\"i\n\x18ListAuditEntriesResponse\x12\x34\n\raudit_entries\x18\x01 \x03(\x0b\x32\x1d.aiaas.identity.v1.AuditEntry\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"G\n\x14GetAuditEntryRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61udit_entry_id\x18\x02 \x01(\t\"K\n\x15GetAuditEntryResponse\x12\x32\n\x0b\x61udit_entry\x18\x01 \x01(\x0b\x32\x1d.aiaas.identity.v1.AuditEntry\"d\n\x19\x45xportAuditEntriesRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12.\n\x06\x66ilter\x18\x02 \x01(\x0b\x32\x1e.aiaas.identity.v1.AuditFilter\"P\n\x1a\x45xportAuditEntriesResponse\x12\x32\n\x0b\x61udit_entry\x18\x01 \x01(\x0b\x32\x1d.aiaas.identity.v1.AuditEntry\"H\n\x15VerifyAuditLogRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\"~\n\x16VerifyAuditLogResponse\x12\x0e\n\x06intact\x18\x01 \x01(\x08\x12\x0f\n\x07\x65ntries\x18\x02 \x01(\x03\x12\x13\n\x0b\x63heckpoints\x18\x03 \x01(\x03\x12\x1d\n\x15\x66irst_broken_sequence\x18\x04 \x01(\x03\x12\x0f\n\x07problem\x18\x05 \x01(\t\"]\n\x1bListAuditCheckpointsRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"v\n\x1cListAuditCheckpointsResponse\x12=\n\x11\x61udit_checkpoints\x18\x01 \x03(\x0b\x32\".aiaas.identity.v1.AuditCheckpoint\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"7\n\x1c\x43reateAuditCheckpointRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\"]\n\x1d\x43reateAuditCheckpointResponse\x12<\n\x10\x61udit_checkpoint\x18\x01 \x01(\x0b\x32\".aiaas.identity.v1.AuditCheckpoint\"Q\n\x19RecordAuditEntriesRequest\x12\x34\n\raudit_entries\x18\x01 \x03(\x0b\x32\x1d.aiaas.identity.v1.AuditEntry\"\x1c\n\x1aRecordAuditEntriesResponse*~\n\x0c\x41uditOutcome\x12\x1d\n\x19\x41UDIT_OUTCOME_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x41UDIT_OUTCOME_SUCCEEDED\x10\x01\x12\x18\n\x14\x41UDIT_OUTCOME_DENIED\x10\x02\x12\x18\n\x14\x41UDIT_OUTCOME_FAILED\x10\x03\x32\x94\x0b\n\x0c\x41uditService\x12\xc8\x01\n\x10ListAuditEntries\x12*.aiaas.identity.v1.ListAuditEntriesRequest\x1a+.aiaas.identity.v1.ListAuditEntriesResponse\"[\x90\x02\x01\xaa\xd4\x18T\n\x12\x61udit_entries.list*>\n\x03GET\x12\x37/admin/v1/organizations/{organization_id}/audit-entries\x12\xcf\x01\n\rGetAuditEntry\x12\'.aiaas.identity.v1.GetAuditEntryRequest\x1a(.aiaas.identity.v1.GetAuditEntryResponse\"k\x90\x02\x01\xaa\xd4\x18\x64\n\x11\x61udit_entries.get*O\n\x03GET\x12H/admin/v1/organizations/{organization_id}/audit-entries/{audit_entry_id}\x12\xd9\x01\n\x12\x45xportAuditEntries\x12,.aiaas.identity.v1.ExportAuditEntriesRequest\x1a-.aiaas.identity.v1.ExportAuditEntriesResponse\"d\x90\x02\x01\xaa\xd4\x18]\n\x14\x61udit_entries.export*E\n\x03GET\x12>/admin/v1/organizations/{organization_id}/audit-entries:export0\x01\x12\xcb\x01\n\x0eVerifyAuditLog\x12(.aiaas.identity.v1.VerifyAuditLogRequest\x1a).aiaas.identity.v1.VerifyAuditLogResponse\"d\x90\x02\x01\xaa\xd4\x18]\n\x14\x61udit_entries.verify*E\n\x03GET\x12>/admin/v1/organizations/{organization_id}/audit-entries:verify\x12\xdc\x01\n\x14ListAuditCheckpoints\x12..aiaas.identity.v1.ListAuditCheckpointsRequest\x1a/.aiaas.identity.v1.ListAuditCheckpointsResponse\"c\x90\x02\x01\xaa\xd4\x18\\\n\x16\x61udit_checkpoints.list*B\n\x03GET\x12;/admin/v1/organizations/{organization_id}/audit-checkpoints\x12\xe2\x01\n\x15\x43reateAuditCheckpoint\x12/.aiaas.identity.v1.CreateAuditCheckpointRequest\x1a\x30.aiaas.identity.v1.CreateAuditCheckpointResponse\"f\xaa\xd4\x18\x62\n\x18\x61udit_checkpoints.create*F\n\x04POST\x12;/admin/v1/organizations/{organization_id}/audit-checkpoints\x1a\x01*\x12y\n\x12RecordAuditEntries\x12,.aiaas.identity.v1.RecordAuditEntriesRequest\x1a-.aiaas.identity.v1.RecordAuditEntriesResponse\"\x06\xaa\xd4\x18\x02 \x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,42 +44,48 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_AUDITSERVICE'].methods_by_name['VerifyAuditLog']._serialized_options = b'\220\002\001\252\324\030]\n\024audit_entries.verify*E\n\003GET\022>/admin/v1/organizations/{organization_id}/audit-entries:verify'
   _globals['_AUDITSERVICE'].methods_by_name['ListAuditCheckpoints']._loaded_options = None
   _globals['_AUDITSERVICE'].methods_by_name['ListAuditCheckpoints']._serialized_options = b'\220\002\001\252\324\030\\\n\026audit_checkpoints.list*B\n\003GET\022;/admin/v1/organizations/{organization_id}/audit-checkpoints'
+  _globals['_AUDITSERVICE'].methods_by_name['CreateAuditCheckpoint']._loaded_options = None
+  _globals['_AUDITSERVICE'].methods_by_name['CreateAuditCheckpoint']._serialized_options = b'\252\324\030b\n\030audit_checkpoints.create*F\n\004POST\022;/admin/v1/organizations/{organization_id}/audit-checkpoints\032\001*'
   _globals['_AUDITSERVICE'].methods_by_name['RecordAuditEntries']._loaded_options = None
   _globals['_AUDITSERVICE'].methods_by_name['RecordAuditEntries']._serialized_options = b'\252\324\030\002 \001'
-  _globals['_AUDITOUTCOME']._serialized_start=2273
-  _globals['_AUDITOUTCOME']._serialized_end=2399
+  _globals['_AUDITOUTCOME']._serialized_start=2460
+  _globals['_AUDITOUTCOME']._serialized_end=2586
   _globals['_AUDITFILTER']._serialized_start=154
   _globals['_AUDITFILTER']._serialized_end=397
   _globals['_AUDITENTRY']._serialized_start=400
-  _globals['_AUDITENTRY']._serialized_end=899
-  _globals['_AUDITCHANGE']._serialized_start=901
-  _globals['_AUDITCHANGE']._serialized_end=970
-  _globals['_AUDITCHECKPOINT']._serialized_start=973
-  _globals['_AUDITCHECKPOINT']._serialized_end=1160
-  _globals['_LISTAUDITENTRIESREQUEST']._serialized_start=1163
-  _globals['_LISTAUDITENTRIESREQUEST']._serialized_end=1300
-  _globals['_LISTAUDITENTRIESRESPONSE']._serialized_start=1302
-  _globals['_LISTAUDITENTRIESRESPONSE']._serialized_end=1407
-  _globals['_GETAUDITENTRYREQUEST']._serialized_start=1409
-  _globals['_GETAUDITENTRYREQUEST']._serialized_end=1480
-  _globals['_GETAUDITENTRYRESPONSE']._serialized_start=1482
-  _globals['_GETAUDITENTRYRESPONSE']._serialized_end=1557
-  _globals['_EXPORTAUDITENTRIESREQUEST']._serialized_start=1559
-  _globals['_EXPORTAUDITENTRIESREQUEST']._serialized_end=1659
-  _globals['_EXPORTAUDITENTRIESRESPONSE']._serialized_start=1661
-  _globals['_EXPORTAUDITENTRIESRESPONSE']._serialized_end=1741
-  _globals['_VERIFYAUDITLOGREQUEST']._serialized_start=1743
-  _globals['_VERIFYAUDITLOGREQUEST']._serialized_end=1815
-  _globals['_VERIFYAUDITLOGRESPONSE']._serialized_start=1817
-  _globals['_VERIFYAUDITLOGRESPONSE']._serialized_end=1943
-  _globals['_LISTAUDITCHECKPOINTSREQUEST']._serialized_start=1945
-  _globals['_LISTAUDITCHECKPOINTSREQUEST']._serialized_end=2038
-  _globals['_LISTAUDITCHECKPOINTSRESPONSE']._serialized_start=2040
-  _globals['_LISTAUDITCHECKPOINTSRESPONSE']._serialized_end=2158
-  _globals['_RECORDAUDITENTRIESREQUEST']._serialized_start=2160
-  _globals['_RECORDAUDITENTRIESREQUEST']._serialized_end=2241
-  _globals['_RECORDAUDITENTRIESRESPONSE']._serialized_start=2243
-  _globals['_RECORDAUDITENTRIESRESPONSE']._serialized_end=2271
-  _globals['_AUDITSERVICE']._serialized_start=2402
-  _globals['_AUDITSERVICE']._serialized_end=3601
+  _globals['_AUDITENTRY']._serialized_end=934
+  _globals['_AUDITCHANGE']._serialized_start=936
+  _globals['_AUDITCHANGE']._serialized_end=1005
+  _globals['_AUDITCHECKPOINT']._serialized_start=1008
+  _globals['_AUDITCHECKPOINT']._serialized_end=1195
+  _globals['_LISTAUDITENTRIESREQUEST']._serialized_start=1198
+  _globals['_LISTAUDITENTRIESREQUEST']._serialized_end=1335
+  _globals['_LISTAUDITENTRIESRESPONSE']._serialized_start=1337
+  _globals['_LISTAUDITENTRIESRESPONSE']._serialized_end=1442
+  _globals['_GETAUDITENTRYREQUEST']._serialized_start=1444
+  _globals['_GETAUDITENTRYREQUEST']._serialized_end=1515
+  _globals['_GETAUDITENTRYRESPONSE']._serialized_start=1517
+  _globals['_GETAUDITENTRYRESPONSE']._serialized_end=1592
+  _globals['_EXPORTAUDITENTRIESREQUEST']._serialized_start=1594
+  _globals['_EXPORTAUDITENTRIESREQUEST']._serialized_end=1694
+  _globals['_EXPORTAUDITENTRIESRESPONSE']._serialized_start=1696
+  _globals['_EXPORTAUDITENTRIESRESPONSE']._serialized_end=1776
+  _globals['_VERIFYAUDITLOGREQUEST']._serialized_start=1778
+  _globals['_VERIFYAUDITLOGREQUEST']._serialized_end=1850
+  _globals['_VERIFYAUDITLOGRESPONSE']._serialized_start=1852
+  _globals['_VERIFYAUDITLOGRESPONSE']._serialized_end=1978
+  _globals['_LISTAUDITCHECKPOINTSREQUEST']._serialized_start=1980
+  _globals['_LISTAUDITCHECKPOINTSREQUEST']._serialized_end=2073
+  _globals['_LISTAUDITCHECKPOINTSRESPONSE']._serialized_start=2075
+  _globals['_LISTAUDITCHECKPOINTSRESPONSE']._serialized_end=2193
+  _globals['_CREATEAUDITCHECKPOINTREQUEST']._serialized_start=2195
+  _globals['_CREATEAUDITCHECKPOINTREQUEST']._serialized_end=2250
+  _globals['_CREATEAUDITCHECKPOINTRESPONSE']._serialized_start=2252
+  _globals['_CREATEAUDITCHECKPOINTRESPONSE']._serialized_end=2345
+  _globals['_RECORDAUDITENTRIESREQUEST']._serialized_start=2347
+  _globals['_RECORDAUDITENTRIESREQUEST']._serialized_end=2428
+  _globals['_RECORDAUDITENTRIESRESPONSE']._serialized_start=2430
+  _globals['_RECORDAUDITENTRIESRESPONSE']._serialized_end=2458
+  _globals['_AUDITSERVICE']._serialized_start=2589
+  _globals['_AUDITSERVICE']._serialized_end=4017
 # @@protoc_insertion_point(module_scope)

@@ -123,6 +123,8 @@ class AuditEntry(_message.Message):
     CLIENT_ADDRESS_FIELD_NUMBER: _builtins.int
     PREVIOUS_HASH_FIELD_NUMBER: _builtins.int
     HASH_FIELD_NUMBER: _builtins.int
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
     audit_entry_id: _builtins.str
     """The id."""
     organization_id: _builtins.str
@@ -155,6 +157,10 @@ class AuditEntry(_message.Message):
     """The hash of the entry before."""
     hash: _builtins.bytes
     """SHA-256 over previous_hash and all the above."""
+    key_id: _builtins.str
+    """The key that signed the hash."""
+    signature: _builtins.bytes
+    """Ed25519 over the hash, so that nobody but the platform adds an entry."""
     @_builtins.property
     def event_time(self) -> _timestamp_pb2.Timestamp:
         """When."""
@@ -184,10 +190,12 @@ class AuditEntry(_message.Message):
         client_address: _builtins.str = ...,
         previous_hash: _builtins.bytes = ...,
         hash: _builtins.bytes = ...,
+        key_id: _builtins.str = ...,
+        signature: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["event_time", b"event_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key_id", b"api_key_id", "audit_entry_id", b"audit_entry_id", "changes", b"changes", "client_address", b"client_address", "event_time", b"event_time", "hash", b"hash", "method", b"method", "organization_id", b"organization_id", "outcome", b"outcome", "permission", b"permission", "previous_hash", b"previous_hash", "principal_id", b"principal_id", "principal_kind", b"principal_kind", "reason", b"reason", "request_id", b"request_id", "resource_id", b"resource_id", "resource_type", b"resource_type", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key_id", b"api_key_id", "audit_entry_id", b"audit_entry_id", "changes", b"changes", "client_address", b"client_address", "event_time", b"event_time", "hash", b"hash", "key_id", b"key_id", "method", b"method", "organization_id", b"organization_id", "outcome", b"outcome", "permission", b"permission", "previous_hash", b"previous_hash", "principal_id", b"principal_id", "principal_kind", b"principal_kind", "reason", b"reason", "request_id", b"request_id", "resource_id", b"resource_id", "resource_type", b"resource_type", "sequence", b"sequence", "signature", b"signature"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -558,6 +566,52 @@ class ListAuditCheckpointsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListAuditCheckpointsResponse: _TypeAlias = ListAuditCheckpointsResponse  # noqa: Y015
+
+@_typing.final
+class CreateAuditCheckpointRequest(_message.Message):
+    """Asks for a checkpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
+    organization_id: _builtins.str
+    """The organization."""
+    def __init__(
+        self,
+        *,
+        organization_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["organization_id", b"organization_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateAuditCheckpointRequest: _TypeAlias = CreateAuditCheckpointRequest  # noqa: Y015
+
+@_typing.final
+class CreateAuditCheckpointResponse(_message.Message):
+    """The latest checkpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AUDIT_CHECKPOINT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def audit_checkpoint(self) -> Global___AuditCheckpoint:
+        """It covers every entry that there was."""
+
+    def __init__(
+        self,
+        *,
+        audit_checkpoint: Global___AuditCheckpoint | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["audit_checkpoint", b"audit_checkpoint"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_checkpoint", b"audit_checkpoint"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateAuditCheckpointResponse: _TypeAlias = CreateAuditCheckpointResponse  # noqa: Y015
 
 @_typing.final
 class RecordAuditEntriesRequest(_message.Message):

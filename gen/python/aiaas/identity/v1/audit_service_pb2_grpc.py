@@ -61,6 +61,11 @@ class AuditServiceStub:
                 request_serializer=aiaas_dot_identity_dot_v1_dot_audit__service__pb2.ListAuditCheckpointsRequest.SerializeToString,
                 response_deserializer=aiaas_dot_identity_dot_v1_dot_audit__service__pb2.ListAuditCheckpointsResponse.FromString,
                 _registered_method=True)
+        self.CreateAuditCheckpoint = channel.unary_unary(
+                '/aiaas.identity.v1.AuditService/CreateAuditCheckpoint',
+                request_serializer=aiaas_dot_identity_dot_v1_dot_audit__service__pb2.CreateAuditCheckpointRequest.SerializeToString,
+                response_deserializer=aiaas_dot_identity_dot_v1_dot_audit__service__pb2.CreateAuditCheckpointResponse.FromString,
+                _registered_method=True)
         self.RecordAuditEntries = channel.unary_unary(
                 '/aiaas.identity.v1.AuditService/RecordAuditEntries',
                 request_serializer=aiaas_dot_identity_dot_v1_dot_audit__service__pb2.RecordAuditEntriesRequest.SerializeToString,
@@ -109,6 +114,14 @@ class AuditServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateAuditCheckpoint(self, request, context):
+        """Signs the chain as it is now, before the next regular checkpoint is due. Where nothing was added since the last one,
+        that one is the answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RecordAuditEntries(self, request, context):
         """Takes in entries from other services. An entry that is there already changes nothing.
         """
@@ -143,6 +156,11 @@ def add_AuditServiceServicer_to_server(servicer, server):
                     servicer.ListAuditCheckpoints,
                     request_deserializer=aiaas_dot_identity_dot_v1_dot_audit__service__pb2.ListAuditCheckpointsRequest.FromString,
                     response_serializer=aiaas_dot_identity_dot_v1_dot_audit__service__pb2.ListAuditCheckpointsResponse.SerializeToString,
+            ),
+            'CreateAuditCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateAuditCheckpoint,
+                    request_deserializer=aiaas_dot_identity_dot_v1_dot_audit__service__pb2.CreateAuditCheckpointRequest.FromString,
+                    response_serializer=aiaas_dot_identity_dot_v1_dot_audit__service__pb2.CreateAuditCheckpointResponse.SerializeToString,
             ),
             'RecordAuditEntries': grpc.unary_unary_rpc_method_handler(
                     servicer.RecordAuditEntries,
@@ -287,6 +305,33 @@ class AuditService:
             '/aiaas.identity.v1.AuditService/ListAuditCheckpoints',
             aiaas_dot_identity_dot_v1_dot_audit__service__pb2.ListAuditCheckpointsRequest.SerializeToString,
             aiaas_dot_identity_dot_v1_dot_audit__service__pb2.ListAuditCheckpointsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateAuditCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/aiaas.identity.v1.AuditService/CreateAuditCheckpoint',
+            aiaas_dot_identity_dot_v1_dot_audit__service__pb2.CreateAuditCheckpointRequest.SerializeToString,
+            aiaas_dot_identity_dot_v1_dot_audit__service__pb2.CreateAuditCheckpointResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -30,6 +30,10 @@ class AuditServiceStub:
     """
     ListAuditCheckpoints: _aio.UnaryUnaryMultiCallable[_audit_service_pb2.ListAuditCheckpointsRequest, _audit_service_pb2.ListAuditCheckpointsResponse]
     """Lists signed checkpoints, newest first."""
+    CreateAuditCheckpoint: _aio.UnaryUnaryMultiCallable[_audit_service_pb2.CreateAuditCheckpointRequest, _audit_service_pb2.CreateAuditCheckpointResponse]
+    """Signs the chain as it is now, before the next regular checkpoint is due. Where nothing was added since the last one,
+    that one is the answer.
+    """
     RecordAuditEntries: _aio.UnaryUnaryMultiCallable[_audit_service_pb2.RecordAuditEntriesRequest, _audit_service_pb2.RecordAuditEntriesResponse]
     """Takes in entries from other services. An entry that is there already changes nothing."""
 
@@ -79,6 +83,16 @@ class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_audit_service_pb2.ListAuditCheckpointsRequest, _abc.Awaitable[_audit_service_pb2.ListAuditCheckpointsResponse]],
     ) -> _abc.Awaitable[_audit_service_pb2.ListAuditCheckpointsResponse]:
         """Lists signed checkpoints, newest first."""
+
+    @_abc_1.abstractmethod
+    def CreateAuditCheckpoint(
+        self,
+        request: _audit_service_pb2.CreateAuditCheckpointRequest,
+        context: _aio.ServicerContext[_audit_service_pb2.CreateAuditCheckpointRequest, _abc.Awaitable[_audit_service_pb2.CreateAuditCheckpointResponse]],
+    ) -> _abc.Awaitable[_audit_service_pb2.CreateAuditCheckpointResponse]:
+        """Signs the chain as it is now, before the next regular checkpoint is due. Where nothing was added since the last one,
+        that one is the answer.
+        """
 
     @_abc_1.abstractmethod
     def RecordAuditEntries(
