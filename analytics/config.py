@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from mesh.config import setting
+from mesh.sealing import KEY_PATTERN
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class AnalyticsConfig:
         "events that one transaction takes at most; more need more memory, fewer take longer",
         default=500,
     )
-    secret_key: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9+/]{43}=$")] = setting(
+    secret_key: Annotated[str, msgspec.Meta(pattern=KEY_PATTERN)] = setting(
         "AIAAS_ANALYTICS_SECRET_KEY",
         "base64 of 32 random bytes, by which the secrets of webhooks are encrypted; without it they must be rotated",
         secret=True,

@@ -14,7 +14,14 @@ from aiaas.analytics.v1 import (
     webhook_service_pb2,
     webhook_service_pb2_grpc,
 )
-from aiaas.identity.v1 import auth_service_pb2, auth_service_pb2_grpc, budget_service_pb2, budget_service_pb2_grpc
+from aiaas.identity.v1 import (
+    auth_service_pb2,
+    auth_service_pb2_grpc,
+    budget_service_pb2,
+    budget_service_pb2_grpc,
+    request_signing_service_pb2,
+    request_signing_service_pb2_grpc,
+)
 from aiaas.router.v1 import router_service_pb2, router_service_pb2_grpc
 from analytics import metrics
 from analytics.config import AnalyticsConfig
@@ -31,7 +38,6 @@ from analytics.reconciliation_sources import Sources
 from analytics.reconciliation_store import ReconciliationStore
 from analytics.store import UsageStore
 from analytics.usage_service import UsageService
-from analytics.webhook_secrets import Seal
 from analytics.webhook_sender import Poster, Sender
 from analytics.webhook_service import WebhookService
 from analytics.webhook_store import WebhookStore
@@ -44,7 +50,9 @@ from mesh.clock import SystemClock
 from mesh.database import Database
 from mesh.interceptors import chain
 from mesh.ops import OpsServer
-from mesh.revocations import listen
+from mesh.request_signatures import RemoteVerifier
+from mesh.revocations import listen, watch
+from mesh.sealing import Seal
 from mesh.server import GrpcServer
 from mesh.topology import EVENTS, USAGE
 
@@ -68,15 +76,16 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
                 config.identity_target,
                 auth_service_pb2.DESCRIPTOR.services_by_name["AuthService"],
                 budget_service_pb2.DESCRIPTOR.services_by_name["BudgetService"],
+                request_signing_service_pb2.DESCRIPTOR.services_by_name["RequestSigningService"],
             )
         )
         router = await resources.enter_async_context(
             connect(config.router_target, router_service_pb2.DESCRIPTOR.services_by_name["RouterService"])
         )
-        authenticator = CachedAuthenticator(
-            RemoteAuthenticator(auth_service_pb2_grpc.AuthServiceStub(identity)), clock, secrets.SystemRandom()
-        )
+        identity_auth = auth_service_pb2_grpc.AuthServiceStub(identity)
+        authenticator = CachedAuthenticator(RemoteAuthenticator(identity_auth), clock, secrets.SystemRandom())
         resources.push_async_callback(authenticator.close)
+        signatures = RemoteVerifier(request_signing_service_pb2_grpc.RequestSigningServiceStub(identity))
 
         store = UsageStore(database)
         consumer = Consumer(store, broker, USAGE, clock, config.batch_size)
@@ -129,7 +138,7 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
                     ReconciliationService(reconciliations, reconciler, clock),
                 ),
             ],
-            chain(authenticator, traced=config.otlp_endpoint is not None),
+            chain(authenticator, signatures=signatures, traced=config.otlp_endpoint is not None),
             reflect=config.reflection,
             drain_s=config.drain_s,
         )
@@ -146,6 +155,7 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
                 tasks.create_task(keep_clean(events, webhook_store, clock), name="retention"),
                 tasks.create_task(reconciler.run(), name="reconciler"),
                 tasks.create_task(listen(redis, authenticator), name="revocations"),
+                tasks.create_task(watch(identity_auth, authenticator), name="watched revocations"),
             ]
             await ops_server.start()
             try:

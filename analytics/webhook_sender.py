@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import ssl
 from collections.abc import Mapping
 from contextlib import suppress
@@ -25,12 +24,12 @@ from cryptography.exceptions import InvalidTag
 from aiaas.type.v1.platform_event_pb2 import PlatformEvent
 from analytics import metrics, webhook_secrets
 from analytics.platform_events import as_json
-from analytics.webhook_addresses import is_public, wrong_with
-from analytics.webhook_secrets import Seal
 from analytics.webhook_store import WebhookStore
 from analytics.webhooks import LEASE, TRIED, Delivery, DeliveryState, Outgoing
+from mesh.addresses import PrivateAddressError, public_socket, wrong_with
 from mesh.clock import Clock
 from mesh.errors import PlatformError
+from mesh.sealing import Seal
 
 logger = logging.getLogger(__name__)
 
@@ -53,10 +52,6 @@ class Answer(NamedTuple):
     failure_reason: str
 
 
-class _PrivateAddressError(OSError):
-    """The way leads into a private network."""
-
-
 class Poster:
     """Posts to receivers, for the length of its block. No redirect is followed, no proxy used, no cookie kept.
 
@@ -73,7 +68,7 @@ class Poster:
             limit=0,
             force_close=True,
             use_dns_cache=False,
-            socket_factory=None if self._allow_private else _public_socket,
+            socket_factory=None if self._allow_private else public_socket,
         )
         self._session = aiohttp.ClientSession(
             connector=connector,
@@ -214,18 +209,10 @@ _OUTCOMES = {
 }
 
 
-def _public_socket(address: tuple[int, int, int, str, tuple[object, ...]]) -> socket.socket:
-    """The socket for an address that is about to be connected to. Raises OSError if it is not public."""
-    family, kind, protocol, _, place = address
-    if not is_public(str(place[0]).partition("%")[0]):
-        raise _PrivateAddressError("the address is not public")
-    return socket.socket(family, kind, protocol)
-
-
 def _sentence(error: Exception) -> str:
     """Why there was no answer, without what a receiver or the error says: it may be anything."""
     cause = getattr(error, "os_error", None)
-    if isinstance(cause, _PrivateAddressError):
+    if isinstance(cause, PrivateAddressError):
         return "The address leads into a private network."
     if isinstance(error, aiohttp.ClientConnectorDNSError):
         return "The name of the address leads nowhere."

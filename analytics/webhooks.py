@@ -9,13 +9,13 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from aiaas.type.v1.platform_event_pb2 import EventType, PlatformEvent
-from analytics import platform_events, webhook_addresses, webhook_secrets
-from analytics.webhook_secrets import Seal
-from mesh import fields
+from analytics import platform_events, webhook_secrets
+from mesh import addresses, fields
 from mesh.clock import Clock
 from mesh.errors import PlatformError, Reason
 from mesh.ids import new_id
 from mesh.pages import TimePlace
+from mesh.sealing import Seal
 from mesh.updates import check_etag
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ class Webhooks:
 
     def _check(self, webhook: Webhook) -> None:
         fields.check_display_name(webhook.display_name, "webhook.display_name")
-        if wrong := webhook_addresses.wrong_with(webhook.url, allow_private=self._allow_private):
+        if wrong := addresses.wrong_with(webhook.url, allow_private=self._allow_private):
             raise fields.invalid("webhook.url", wrong)
         platform_events.check_types(webhook.types, "webhook.types")
 

@@ -20,6 +20,8 @@ from edge.openai.models import ModelsEndpoint
 from edge.operations import HealthEndpoint, MetricsEndpoint, ReadyEndpoint
 from edge.peers import Peers
 from edge.routers import Routers
+from edge.scim import errors as scim_errors
+from edge.scim.endpoints import KINDS, AboutEndpoint, ListEndpoint, ResourceEndpoint
 from edge.transcode.endpoint import Transcoder
 from mesh import context
 from mesh.errors import PlatformError, Reason, as_platform_error, response_headers, to_aip193
@@ -57,6 +59,10 @@ def build_app(
         routes=[
             Route("/v1/models", ModelsEndpoint("/v1/models", models)),
             Route("/v1/models/{model:path}", ModelsEndpoint("/v1/models/{model}", models)),
+            Route("/scim/v2/ServiceProviderConfig", AboutEndpoint("ServiceProviderConfig")),
+            Route("/scim/v2/ResourceTypes", AboutEndpoint("ResourceTypes")),
+            *(Route(f"/scim/v2/{path}", ListEndpoint(path, peers["identity"])) for path in KINDS),
+            *(Route(f"/scim/v2/{path}/{{id}}", ResourceEndpoint(path, peers["identity"])) for path in KINDS),
             Route("/health", HealthEndpoint()),
             Route("/ready", ReadyEndpoint(peers)),
             Route("/metrics", MetricsEndpoint()),
@@ -107,6 +113,7 @@ class Exchanges:
         # All of them every time: a request that was pipelined begins with what the one before it left.
         context.request_id.set(exchange.request_id)
         context.credential.set("")
+        context.signature.set(None)
         context.deadline.set(asyncio.get_running_loop().time() + self._limits.request_timeout_s)
         try:
             if exchange.is_shed and path not in _NEVER_SHED:
@@ -142,13 +149,17 @@ async def _answer(exchange: Exchange, error: BaseException) -> None:
     exchange.reason = known.reason
     if exchange.status:
         return
-    headers = [(b"content-type", b"application/json")]
+    is_scim = exchange.scope["path"].startswith("/scim/")
+    headers = [scim_errors.CONTENT_TYPE if is_scim else (b"content-type", b"application/json")]
     headers += [(name.lower().encode(), value.encode()) for name, value in response_headers(known).items()]
     if known.reason is Reason.METHOD_NOT_ALLOWED and (allowed := known.details.get("allow")):
         headers.append((b"allow", allowed.encode()))
     in_shape = openai_errors.error_body if _is_openai(exchange.scope) else _aip193_body
+    status = known.entry.http
+    if is_scim:
+        in_shape, status = scim_errors.error_body, scim_errors.status_of(known)
     try:
-        await exchange.respond(known.entry.http, headers, in_shape(known))
+        await exchange.respond(status, headers, in_shape(known))
     except ClientGoneError:
         return
 

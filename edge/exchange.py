@@ -2,6 +2,7 @@
 headers that all answers carry; it never knows what a request is about."""
 
 import asyncio
+import hashlib
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from typing import Protocol
 
 from starlette.types import Message, Receive, Scope, Send
 
-from mesh import context
+from mesh import context, request_signatures
 from mesh.auth import credential_of
 from mesh.errors import PlatformError, Reason
 from mesh.ids import new_request_id
@@ -173,7 +174,8 @@ class Exchange:
             raise PlatformError(Reason.METHOD_NOT_ALLOWED, allow=", ".join(verbs))
 
     def take_credential(self, *, required: bool = True) -> None:
-        """Hand the bearer credential on to every call of this request, unjudged.
+        """Hand the bearer credential on to every call of this request, unjudged, and with it the signature of a request
+        that is signed.
 
         Raises PlatformError(MISSING_CREDENTIALS) if one is required and there is none, and API_KEY_INVALID for what
         could not even be passed on.
@@ -185,6 +187,8 @@ class Exchange:
         if not _is_sane_credential(credential):
             raise PlatformError(Reason.API_KEY_INVALID)
         context.credential.set(credential)
+        if request_signatures.HEADER in self.headers:
+            self._take_signature(b"")
 
     def expect_json(self) -> None:
         """Raises PlatformError(UNSUPPORTED_MEDIA_TYPE) if the body is declared to be anything but JSON."""
@@ -213,7 +217,17 @@ class Exchange:
         elif len(body) > limit:
             raise PlatformError(Reason.REQUEST_TOO_LARGE)
         self._body_is_read = True
+        if request_signatures.HEADER in self.headers:
+            self._take_signature(body)
         return body
+
+    def _take_signature(self, body: bytes) -> None:
+        query: bytes = self.scope["query_string"]
+        raw_path = self.scope["raw_path"] + (b"?" + query if query else b"")
+        signature = request_signatures.from_headers(self.headers, self.method, raw_path)
+        if signature is not None:
+            signature.body_sha256 = hashlib.sha256(body).digest()
+        context.signature.set(signature)
 
     async def _collect_body(self, limit: int) -> bytes:
         chunks: list[bytes] = []

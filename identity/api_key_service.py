@@ -9,7 +9,7 @@ from identity.fields import check_filter, check_id, invalid
 from identity.principals import caller
 from mesh.auth import RateLimits
 from mesh.clock import Clock
-from mesh.conversions import from_timestamp, to_timestamp
+from mesh.conversions import from_duration, from_timestamp, to_timestamp
 from mesh.pages import TimePlace, cut, read_page_size, read_token
 from mesh.updates import etag_of, fields_to_change
 
@@ -71,6 +71,16 @@ class ApiKeyService(api_key_service_pb2_grpc.ApiKeyServiceServicer):
         )
         updated = await self._api_keys.update(caller(), wanted, changed, request.api_key.etag)
         return pb.UpdateApiKeyResponse(api_key=self._to_proto(updated))
+
+    async def RotateApiKey(self, request: pb.RotateApiKeyRequest, context: object) -> pb.RotateApiKeyResponse:
+        """Make a new text for a key, and answer it."""
+        rotated, text = await self._api_keys.rotate(
+            caller(),
+            check_id(request.organization_id, "organization_id"),
+            check_id(request.api_key_id, "api_key_id"),
+            from_duration(request.overlap, "overlap"),
+        )
+        return pb.RotateApiKeyResponse(api_key=self._to_proto(rotated), secret=text)
 
     async def RevokeApiKey(self, request: pb.RevokeApiKeyRequest, context: object) -> pb.RevokeApiKeyResponse:
         """Revoke a key for good."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from random import Random
 from secrets import SystemRandom
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _NEVER = datetime.fromtimestamp(0, UTC)
 _SCOPES = 200
+_LONGEST_OVERLAP = timedelta(days=30)
 
 
 class ApiKeyState(StrEnum):
@@ -179,6 +180,27 @@ class ApiKeys:
             await stored.revoke("api_key_id", new.api_key_id)
             return await stored.api_keys.change(new)
 
+    async def rotate(
+        self, caller: Principal, organization_id: str, api_key_id: str, overlap: timedelta
+    ) -> tuple[ApiKey, str]:
+        """Give a key a new text; the one before it is accepted for `overlap` and any older one no longer.
+
+        Whoever has the text can do what the key can, so the caller has to hold that. Raises PlatformError: NOT_FOUND,
+        INVALID_ARGUMENT, PERMISSION_DENIED, FAILED_PRECONDITION for a key that is revoked or expired.
+        """
+        if not timedelta(0) <= overlap <= _LONGEST_OVERLAP:
+            raise fields.invalid("overlap", f"must be 0 to {_LONGEST_OVERLAP.days} days")
+        now = self._clock.now()
+        async with self._store.transaction() as stored:
+            current = await self._visible(stored, caller, organization_id, api_key_id, lock=True)
+            if (state := current.state_at(now)) is not ApiKeyState.ACTIVE:
+                raise PlatformError(Reason.FAILED_PRECONDITION, description=f"The key is {state.value}.")
+            await self._check_may_act_as(stored, caller, current)
+            secret = tokens.API_KEY.generate_for(api_key_id, self._random)
+            await stored.revoke("api_key_id", api_key_id)
+            rotated = await stored.api_keys.rotate(organization_id, api_key_id, secret.digest, now + overlap)
+        return rotated, secret.text
+
     async def revoke(self, caller: Principal, organization_id: str, api_key_id: str) -> ApiKey:
         """Refuse a key for good. Revoking it again changes nothing. Raises PlatformError(NOT_FOUND)."""
         async with self._store.transaction() as stored:
@@ -225,6 +247,21 @@ class ApiKeys:
                 return found
         raise PlatformError(Reason.NOT_FOUND)
 
+    async def _check_may_act_as(self, stored: Transaction, caller: Principal, key: ApiKey) -> None:
+        held = key.granted & roles.TENANT_PERMISSIONS
+        if key.service_account_id or key.user_id:
+            holder = await stored.holders.find(key.organization_id, key.service_account_id, key.user_id)
+            held = frozenset()
+            if holder is not None:
+                _check_of_platform(caller, holder.role_ids, "api_key_id")
+                held = roles.held_through(holder.role_ids, holder.custom_permissions, key.organization_id)
+        if excess := (held & roles.expand_all(key.scopes)) - caller.permissions:
+            raise PlatformError(
+                Reason.PERMISSION_DENIED,
+                field="api_key_id",
+                description=f"'api_key_id' may do what you may not: {_some(excess)}.",
+            )
+
     async def _granted(
         self, stored: Transaction, caller: Principal, organization_id: str, owner: _Owner, scopes: tuple[str, ...]
     ) -> frozenset[str]:
@@ -239,6 +276,7 @@ class ApiKeys:
             if holder is None:
                 name = "service_account_id" if owner.service_account_id else "user_id"
                 raise fields.invalid(f"api_key.{name}", "names nobody in this organization")
+            _check_of_platform(caller, holder.role_ids, "api_key.scopes")
             held = roles.held_through(holder.role_ids, holder.custom_permissions, organization_id)
         wanted = roles.expand_all(scopes)
         if excess := wanted - caller.permissions:
@@ -250,6 +288,16 @@ class ApiKeys:
         if excess := wanted - held:
             raise fields.invalid("api_key.scopes", f"names what the key's owner does not hold: {_some(excess)}")
         return caller.permissions & held
+
+
+def _check_of_platform(caller: Principal, role_ids: Collection[str], field: str) -> None:
+    """A key of a platform administrator reaches every organization, whatever its scopes."""
+    if roles.PLATFORM_ADMIN in role_ids and not caller.platform:
+        raise PlatformError(
+            Reason.PERMISSION_DENIED,
+            field=field,
+            description=f"'{field}' is for the platform's administrators to decide: the key would act as one.",
+        )
 
 
 def _checked(key: ApiKey) -> ApiKey:

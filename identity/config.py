@@ -7,6 +7,7 @@ import msgspec
 
 from identity.audit_chain import KEYS_PATTERN
 from mesh.config import setting
+from mesh.sealing import KEY_PATTERN
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,12 @@ class IdentityConfig:
         "AIAAS_IDENTITY_AUDIT_KEY",
         "base64 of 32 random bytes, by which the audit log is signed; after a comma those that signed before it,"
         " without which what they signed is no longer taken for the platform's",
+        secret=True,
+    )
+    secret_key: Annotated[str, msgspec.Meta(pattern=KEY_PATTERN)] = setting(
+        "AIAAS_IDENTITY_SECRET_KEY",
+        "base64 of 32 random bytes, by which secrets that must be read again are encrypted; with another one MFA has to"
+        " be reset, and signing secrets and issuers' secrets have to be set anew",
         secret=True,
     )
     grpc_address: str = setting(

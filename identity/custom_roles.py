@@ -23,7 +23,7 @@ CHANGEABLE = ("display_name", "permissions")
 """What an update may change."""
 
 _ROLES_PER_ORGANIZATION = 200
-_ROLES_PER_HOLDER = 20
+ROLES_PER_HOLDER = 20
 
 
 class Roles:
@@ -121,8 +121,8 @@ async def check_assignment(
     Raises PlatformError, naming `field`: INVALID_ARGUMENT for an unknown role, PERMISSION_DENIED.
     """
     fields.check_once(wanted, field)
-    if len(wanted) > _ROLES_PER_HOLDER:
-        raise fields.invalid(field, f"may hold {_ROLES_PER_HOLDER} roles")
+    if len(wanted) > ROLES_PER_HOLDER:
+        raise fields.invalid(field, f"may hold {ROLES_PER_HOLDER} roles")
     given, taken = set(wanted) - set(current), set(current) - set(wanted)
     custom = {role_id for role_id in given if not is_known_in(role_id, organization_id)}
     if not all(fields.is_id(role_id) for role_id in custom):

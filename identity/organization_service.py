@@ -66,15 +66,26 @@ class OrganizationService(organization_service_pb2_grpc.OrganizationServiceServi
         self, request: pb.SuspendOrganizationRequest, context: object
     ) -> pb.SuspendOrganizationResponse:
         """Stop all use of an organization's credentials."""
-        suspended = await self._organizations.suspend(check_id(request.organization_id, "organization_id"))
+        suspended = await self._organizations.suspend(
+            check_id(request.organization_id, "organization_id"), request.reason
+        )
         return pb.SuspendOrganizationResponse(organization=_to_proto(suspended))
 
     async def ReactivateOrganization(
         self, request: pb.ReactivateOrganizationRequest, context: object
     ) -> pb.ReactivateOrganizationResponse:
-        """End a suspension."""
-        active = await self._organizations.reactivate(check_id(request.organization_id, "organization_id"))
+        """End a suspension, or take back a deletion."""
+        active = await self._organizations.reactivate(
+            check_id(request.organization_id, "organization_id"), request.reason
+        )
         return pb.ReactivateOrganizationResponse(organization=_to_proto(active))
+
+    async def DeleteOrganization(
+        self, request: pb.DeleteOrganizationRequest, context: object
+    ) -> pb.DeleteOrganizationResponse:
+        """Mark an organization for deletion."""
+        deleted = await self._organizations.delete(check_id(request.organization_id, "organization_id"), request.etag)
+        return pb.DeleteOrganizationResponse(organization=_to_proto(deleted))
 
 
 def _from_proto(organization_id: str, message: pb.Organization) -> Organization:
@@ -95,5 +106,6 @@ def _to_proto(organization: Organization) -> pb.Organization:
         allowed_models=organization.allowed_models,
         create_time=to_timestamp(organization.create_time),
         update_time=to_timestamp(organization.update_time),
+        purge_time=to_timestamp(organization.purge_time),
         etag=etag_of(organization.revision),
     )

@@ -1,10 +1,11 @@
-"""Organizations and their life: made, changed, suspended, reactivated; it never knows how they are stored or called."""
+"""Organizations and their life: made, changed, suspended, deleted, reactivated; it never knows how they are stored or
+called."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
 _NEVER = datetime.fromtimestamp(0, UTC)
 _PLATFORMS_TO_SET = ("rate_limits", "allowed_models")
+
+
+DELETION_DELAY = timedelta(days=30)
+"""For so long a deletion can be taken back; then the data goes."""
 
 
 class OrganizationState(StrEnum):
@@ -43,6 +48,7 @@ class Organization:
     state: OrganizationState = OrganizationState.ACTIVE
     create_time: datetime = _NEVER
     update_time: datetime = _NEVER
+    purge_time: datetime | None = None
     revision: int = field(default=1, compare=False)
 
 
@@ -109,33 +115,53 @@ class Organizations:
                 await stored.revoke("organization_id", organization_id)
             return await stored.organizations.change(replace(new, update_time=self._clock.now()))
 
-    async def suspend(self, organization_id: str) -> Organization:
+    async def suspend(self, organization_id: str, reason: str) -> Organization:
         """Stop all use of its credentials. Suspending it again changes nothing.
 
-        Raises PlatformError: NOT_FOUND, FAILED_PRECONDITION for the platform's own or a deleted organization.
+        Raises PlatformError: NOT_FOUND, INVALID_ARGUMENT, FAILED_PRECONDITION for the platform's own or a deleted
+        organization.
         """
-        if organization_id == PLATFORM_ORGANIZATION_ID:
-            raise PlatformError(
-                Reason.FAILED_PRECONDITION, description="The platform's own organization cannot be suspended."
-            )
+        fields.check_reason(reason, "reason", required=False)
+        _refuse_platforms_own(organization_id, "suspended")
         async with self._store.transaction() as stored:
             current = await existing(stored, organization_id, lock=True)
             if current.state is OrganizationState.DELETED:
                 raise PlatformError(Reason.FAILED_PRECONDITION, description="The organization is deleted.")
             return await self._set_state(stored, current, OrganizationState.SUSPENDED)
 
-    async def reactivate(self, organization_id: str) -> Organization:
-        """End a suspension, or take back a deletion that has not happened yet. Raises PlatformError(NOT_FOUND)."""
+    async def delete(self, organization_id: str, etag: str) -> Organization:
+        """Stop all use of its credentials at once, and have its data go after the delay. Deleting it again changes
+        nothing.
+
+        Raises PlatformError: NOT_FOUND, FAILED_PRECONDITION for the platform's own and for another etag.
+        """
+        _refuse_platforms_own(organization_id, "deleted")
         async with self._store.transaction() as stored:
             current = await existing(stored, organization_id, lock=True)
+            check_etag(etag, current.revision, "etag")
+            return await self._set_state(stored, current, OrganizationState.DELETED)
+
+    async def reactivate(self, organization_id: str, reason: str) -> Organization:
+        """End a suspension, or take back a deletion that has not happened yet.
+
+        Raises PlatformError: NOT_FOUND, INVALID_ARGUMENT, FAILED_PRECONDITION where its data may be going already.
+        """
+        fields.check_reason(reason, "reason", required=False)
+        async with self._store.transaction() as stored:
+            current = await existing(stored, organization_id, lock=True)
+            if current.purge_time is not None and current.purge_time <= self._clock.now():
+                raise PlatformError(Reason.FAILED_PRECONDITION, description="The organization's data is being removed.")
             return await self._set_state(stored, current, OrganizationState.ACTIVE)
 
     async def _set_state(self, stored: Transaction, current: Organization, state: OrganizationState) -> Organization:
+        # A cache may hold a refusal as well as a principal, so both ways are announced; and again where nothing
+        # changes, since the first announcement may have been lost.
+        await stored.revoke("organization_id", current.organization_id)
         if current.state is state:
             return current
-        # A cache may hold a refusal as well as a principal, so both ways are announced.
-        await stored.revoke("organization_id", current.organization_id)
-        return await stored.organizations.change(replace(current, state=state, update_time=self._clock.now()))
+        now = self._clock.now()
+        purge_time = now + DELETION_DELAY if state is OrganizationState.DELETED else None
+        return await stored.organizations.change(replace(current, state=state, purge_time=purge_time, update_time=now))
 
 
 async def existing(stored: Transaction, organization_id: str, *, lock: bool = False) -> Organization:
@@ -144,6 +170,13 @@ async def existing(stored: Transaction, organization_id: str, *, lock: bool = Fa
     if organization is None:
         raise PlatformError(Reason.NOT_FOUND)
     return organization
+
+
+def _refuse_platforms_own(organization_id: str, what: str) -> None:
+    if organization_id == PLATFORM_ORGANIZATION_ID:
+        raise PlatformError(
+            Reason.FAILED_PRECONDITION, description=f"The platform's own organization cannot be {what}."
+        )
 
 
 def _check(organization: Organization) -> None:

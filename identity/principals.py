@@ -7,7 +7,7 @@ suspended organization or user, a disabled service account, an owner that is gon
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -41,7 +41,10 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class Credential:
-    """All that decides on an API key. `holder` is None for a key without an owner, and for one whose owner is gone."""
+    """All that decides on an API key. `holder` is None for a key without an owner, and for one whose owner is gone.
+
+    `previous_digest` is that of the text before the last rotation, which is accepted until `previous_expire_time`.
+    """
 
     key: ApiKey
     digest: bytes = field(repr=False)
@@ -49,6 +52,20 @@ class Credential:
     organization_limits: RateLimits
     organization_models: tuple[str, ...]
     holder: Holder | None
+    previous_digest: bytes | None = field(default=None, repr=False)
+    previous_expire_time: datetime | None = None
+    signature_required: bool = False
+
+    def presented(self, parsed: tokens.ParsedToken) -> Credential:
+        """The same as the text that was presented has it: the one before the last rotation ends with its overlap."""
+        if (
+            not self.previous_digest
+            or not self.previous_expire_time
+            or not tokens.matches(parsed, self.previous_digest)
+        ):
+            return self
+        ends = min(self.key.expire_time or self.previous_expire_time, self.previous_expire_time)
+        return replace(self, digest=self.previous_digest, key=replace(self.key, expire_time=ends))
 
 
 class Principals:
@@ -71,6 +88,8 @@ class Principals:
             if error.reason in (Reason.UNAVAILABLE, Reason.DEADLINE_EXCEEDED):
                 raise PlatformError(Reason.AUTH_UNAVAILABLE, retry_after_s=error.retry_after_s) from error
             raise
+        if found is not None:
+            found = found.presented(parsed)
         now = self._clock.now()
         wrong = "unknown" if found is None else _what_is_wrong(found, parsed, now)
         if found is None or wrong:
@@ -111,6 +130,7 @@ def principal_of(credential: Credential) -> Principal:
         organization_limits=credential.organization_limits,
         principal_limits=key.rate_limits,
         allowed_networks=key.allowed_networks,
+        signature_required=credential.signature_required,
     )
 
 

@@ -1,6 +1,6 @@
 """Announces what has become invalid to every cache of principals, over Redis; it never makes anything invalid itself.
 
-The announcement is a hint: one that is lost is made up for by the age that caches allow their entries.
+The announcement is the fast way. One that is lost is in the log all the same, which `identity.revocation_feed` tells.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from mesh.errors import PlatformError
 
 logger = logging.getLogger(__name__)
 
-Subject = Literal["api_key_id", "user_id", "service_account_id", "organization_id"]
+Subject = Literal["api_key_id", "user_id", "service_account_id", "organization_id", "role_id"]
 
 
 @dataclass(frozen=True, slots=True)
 class Revocation:
-    """Something became invalid, or may mean something else than before."""
+    """Something became invalid, or may mean something else than before. Revisions follow one another without gaps."""
 
     revision: int
     subject: Subject

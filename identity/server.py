@@ -18,8 +18,12 @@ from aiaas.identity.v1 import (
     configuration_service_pb2_grpc,
     organization_service_pb2,
     organization_service_pb2_grpc,
+    request_signing_service_pb2,
+    request_signing_service_pb2_grpc,
     role_service_pb2,
     role_service_pb2_grpc,
+    scim_service_pb2,
+    scim_service_pb2_grpc,
     service_account_service_pb2,
     service_account_service_pb2_grpc,
     user_service_pb2,
@@ -45,32 +49,42 @@ from identity.custom_roles import Roles
 from identity.event_outbox import EventOutbox
 from identity.last_uses import LastUses
 from identity.organization_service import OrganizationService
+from identity.organization_purges import OrganizationPurges
 from identity.organizations import Organizations
 from identity.principals import Principals
+from identity.request_signing import RequestSigning
+from identity.request_signing_service import RequestSigningService
+from identity.revocation_feed import RevocationFeed
 from identity.revocations import announcer
 from identity.role_service import RoleService
+from identity.scim import Scim, ScimKind
+from identity.scim_groups import ScimGroups
+from identity.scim_service import ScimService
+from identity.scim_users import ScimUsers
 from identity.service_account_service import ServiceAccountService
 from identity.service_accounts import ServiceAccounts
 from identity.stores import Store, open_database
 from identity.user_service import UserService
 from identity.users import Users
 from mesh.broker import Broker
+from mesh.cache import Cache
 from mesh.clock import Clock, SystemClock
 from mesh.interceptors import chain
 from mesh.ops import OpsServer
+from mesh.sealing import Seal
 from mesh.server import AddServicer, GrpcServer
 from mesh.topology import EVENTS
 
 
 def _services(
-    store: Store, principals: Principals, budgets: BudgetService, configurations: ConfigurationService, clock: Clock
+    store: Store, auth: AuthService, budgets: BudgetService, configurations: ConfigurationService, clock: Clock
 ) -> list[tuple[ServiceDescriptor, AddServicer, Any]]:
-    api_keys = ApiKeyService(ApiKeys(store, clock), clock)  # type: ignore[abstract]  # RotateApiKey comes later
+    api_keys = ApiKeyService(ApiKeys(store, clock), clock)
     return [
         (
             organization_service_pb2.DESCRIPTOR.services_by_name["OrganizationService"],
             organization_service_pb2_grpc.add_OrganizationServiceServicer_to_server,
-            OrganizationService(Organizations(store, clock)),  # type: ignore[abstract]  # DeleteOrganization comes later
+            OrganizationService(Organizations(store, clock)),
         ),
         (
             user_service_pb2.DESCRIPTOR.services_by_name["UserService"],
@@ -103,11 +117,21 @@ def _services(
             configurations,
         ),
         (
+            scim_service_pb2.DESCRIPTOR.services_by_name["ScimService"],
+            scim_service_pb2_grpc.add_ScimServiceServicer_to_server,
+            ScimService(_scim(store, clock)),
+        ),
+        (
             auth_service_pb2.DESCRIPTOR.services_by_name["AuthService"],
             auth_service_pb2_grpc.add_AuthServiceServicer_to_server,
-            AuthService(principals),  # type: ignore[abstract]  # WatchRevocations comes later
+            auth,
         ),
     ]
+
+
+def _scim(store: Store, clock: Clock) -> Scim:
+    users = ScimUsers(clock)
+    return Scim(store, clock, {ScimKind.USER: users, ScimKind.GROUP: ScimGroups(users, clock)})
 
 
 async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
@@ -115,6 +139,8 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
     clock = SystemClock()
     database = open_database(config.database_url)
     broker = Broker(config.amqp_url, EVENTS)
+    seal = Seal(config.secret_key)
+    cache = Cache(config.redis_url, clock) if config.redis_url else None
     try:
         async with announcer(config.redis_url, clock) as revocations, asyncio.TaskGroup() as tasks:
             audit_keys = AuditKeys(config.audit_keys)
@@ -125,22 +151,41 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
             principals = Principals(store, clock, last_uses)
             overrides = BudgetOverrides(store, clock)
             changes = BudgetChanges(store)
+            feed = RevocationFeed(store)
+            purges = OrganizationPurges(store, clock)
             outbox = EventOutbox(store, broker)
             leases = BudgetLeases(store, clock)
+            signing = RequestSigning(store, clock, seal, ApiKeys(store, clock), cache)
             budgets = BudgetService(Budgets(store, clock), overrides, leases, changes)
             configurations = Configurations(store, clock)
             directory = ConfigurationDirectory(configurations, config.configuration_path)
             grpc_server = GrpcServer(
                 config.grpc_address,
                 [
-                    *_services(store, principals, budgets, ConfigurationService(configurations, directory), clock),
+                    *_services(
+                        store,
+                        AuthService(principals, feed),
+                        budgets,
+                        ConfigurationService(configurations, directory),
+                        clock,
+                    ),
                     (
                         audit_service_pb2.DESCRIPTOR.services_by_name["AuditService"],
                         audit_service_pb2_grpc.add_AuditServiceServicer_to_server,
                         AuditService(audit),
                     ),
+                    (
+                        request_signing_service_pb2.DESCRIPTOR.services_by_name["RequestSigningService"],
+                        request_signing_service_pb2_grpc.add_RequestSigningServiceServicer_to_server,
+                        RequestSigningService(signing),
+                    ),
                 ],
-                chain(principals, traced=bool(config.otlp_endpoint), witnesses=[AuditInterceptor(audit, clock)]),
+                chain(
+                    principals,
+                    signatures=signing,
+                    traced=bool(config.otlp_endpoint),
+                    witnesses=[AuditInterceptor(audit, clock)],
+                ),
                 reflect=config.reflection,
                 drain_s=config.drain_s,
             )
@@ -152,7 +197,7 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
                 await ops_server.start()
                 for run in (
                     *(last_uses.run, overrides.run, leases.run, changes.run, outbox.run, directory.run),
-                    audit.run,
+                    *(audit.run, feed.run, purges.run),
                 ):
                     tasks.create_task(run(ended))
                 await stop.wait()
@@ -160,9 +205,12 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
                 # Watches would last as long as the drain; their routers watch elsewhere from now on.
                 await grpc_server.set_serving(False)
                 await changes.close()
+                await feed.close()
                 await grpc_server.stop()
                 await ops_server.stop()
                 ended.set()
     finally:
+        if cache is not None:
+            await cache.close()
         await broker.close()
         await database.close()

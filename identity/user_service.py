@@ -22,14 +22,14 @@ class UserService(user_service_pb2_grpc.UserServiceServicer):
         """Make a user and a membership."""
         wanted = _from_proto(check_id(request.organization_id, "organization_id"), "", request.user)
         made = await self._users.create(caller(), wanted, request.request_id)
-        return pb.CreateUserResponse(user=_to_proto(made))
+        return pb.CreateUserResponse(user=user_to_proto(made))
 
     async def GetUser(self, request: pb.GetUserRequest, context: object) -> pb.GetUserResponse:
         """Return one member."""
         found = await self._users.get(
             check_id(request.organization_id, "organization_id"), check_id(request.user_id, "user_id")
         )
-        return pb.GetUserResponse(user=_to_proto(found))
+        return pb.GetUserResponse(user=user_to_proto(found))
 
     async def ListUsers(self, request: pb.ListUsersRequest, context: object) -> pb.ListUsersResponse:
         """List an organization's members."""
@@ -39,7 +39,7 @@ class UserService(user_service_pb2_grpc.UserServiceServicer):
             check_email(request.email, "email")
         size, after = read_page_size(request.page_size), read_token(request, TimePlace)
         rows = await self._users.list(organization_id, after, size + 1, email=request.email, role_id=role_id)
-        users, token = cut(request, rows, size, _to_proto, lambda row: TimePlace(row.create_time, row.user_id))
+        users, token = cut(request, rows, size, user_to_proto, lambda row: TimePlace(row.create_time, row.user_id))
         return pb.ListUsersResponse(users=users, next_page_token=token)
 
     async def UpdateUser(self, request: pb.UpdateUserRequest, context: object) -> pb.UpdateUserResponse:
@@ -49,7 +49,7 @@ class UserService(user_service_pb2_grpc.UserServiceServicer):
             check_id(request.organization_id, "organization_id"), check_id(request.user_id, "user_id"), request.user
         )
         updated = await self._users.update(caller(), wanted, changed, request.user.etag)
-        return pb.UpdateUserResponse(user=_to_proto(updated))
+        return pb.UpdateUserResponse(user=user_to_proto(updated))
 
     async def RemoveUser(self, request: pb.RemoveUserRequest, context: object) -> pb.RemoveUserResponse:
         """End a user's membership."""
@@ -69,7 +69,8 @@ def _from_proto(organization_id: str, user_id: str, message: pb.User) -> User:
     )
 
 
-def _to_proto(user: User) -> pb.User:
+def user_to_proto(user: User) -> pb.User:
+    """A member as it travels."""
     return pb.User(
         user_id=user.user_id,
         organization_id=user.organization_id,

@@ -123,6 +123,7 @@ class Principal:
 
     `kind` is "user", "service_account" or "api_key", `id` the id of that actor. No `allowed_models` means all,
     no `allowed_networks` (CIDR) means anywhere, no `expire_time` means never. `platform` may act on every organization.
+    With `signature_required`, each request needs a right signature (mesh.request_signatures).
     """
 
     kind: str
@@ -138,6 +139,7 @@ class Principal:
     organization_limits: RateLimits = RateLimits()
     principal_limits: RateLimits = RateLimits()
     allowed_networks: tuple[str, ...] = ()
+    signature_required: bool = False
 
     @classmethod
     def from_proto(cls, message: principal_pb2.Principal) -> Principal:
@@ -159,6 +161,7 @@ class Principal:
             organization_limits=RateLimits.from_proto(message.organization_limits),
             principal_limits=RateLimits.from_proto(message.principal_limits),
             allowed_networks=tuple(message.allowed_networks),
+            signature_required=message.signature_required,
         )
 
     def to_proto(self) -> principal_pb2.Principal:
@@ -181,6 +184,7 @@ class Principal:
             organization_limits=self.organization_limits.to_proto(),
             principal_limits=self.principal_limits.to_proto(),
             allowed_networks=self.allowed_networks,
+            signature_required=self.signature_required,
         )
 
 
@@ -258,6 +262,11 @@ class CachedAuthenticator:
         self._tasks: set[asyncio.Task[Principal | PlatformError]] = set()
         self._invalidations = 0
         self._away_until = float("-inf")
+
+    @property
+    def invalidations(self) -> int:
+        """How often something that was remembered came into doubt; as long as it stays, nobody's standing changed."""
+        return self._invalidations
 
     def cached(self, credential: str) -> Principal | None:
         """The principal behind a credential, if it is remembered and fresh; None says nothing: then `authenticate`.

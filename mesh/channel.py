@@ -15,6 +15,7 @@ from google.protobuf.descriptor_pb2 import MethodOptions
 from opentelemetry import propagate
 
 from mesh import context as call
+from mesh.request_signatures import METADATA as SIGNATURE_METADATA
 from mesh.server import MESSAGE_BYTES
 
 # So that the callee's own "deadline exceeded", which can say why, is back before ours.
@@ -89,6 +90,9 @@ def _with_context(details: grpc.aio.ClientCallDetails, default_timeout_s: float 
         "x-client-address": call.client_address.get(),
         "authorization": f"Bearer {call.credential.get()}" if call.credential.get() else "",
     }
+    signature = call.signature.get()
+    if signature is not None:
+        metadata.add(SIGNATURE_METADATA, signature.SerializeToString())
     # W3C trace context, where the call belongs to a span.
     propagate.inject(carried)
     for key, value in carried.items():

@@ -6,6 +6,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from aiaas.type.v1.request_signature_pb2 import RequestSignature
     from mesh.auth import Principal
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
@@ -19,6 +20,9 @@ credential: ContextVar[str] = ContextVar("credential", default="")
 
 client_address: ContextVar[str] = ContextVar("client_address", default="")
 """The network address of the client whose request is served, passed on to the next service; empty when unknown."""
+
+signature: ContextVar[RequestSignature | None] = ContextVar("signature", default=None)
+"""The signature that the client gave its request, passed on to the next service; None where there is none."""
 
 deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
 """When the call being served must be over, in the event loop's time (seconds); None when it has no end."""

@@ -32,6 +32,9 @@ class Reason(StrEnum):
 
     MISSING_CREDENTIALS = "missing_credentials"
     API_KEY_INVALID = "api_key_invalid"
+    SIGN_IN_REFUSED = "sign_in_refused"
+    MFA_CODE_INVALID = "mfa_code_invalid"
+    SIGNATURE_INVALID = "signature_invalid"
     PERMISSION_DENIED = "permission_denied"
     ORGANIZATION_MISMATCH = "organization_mismatch"
     NOT_FOUND = "not_found"
@@ -92,6 +95,27 @@ CATALOG: Mapping[Reason, Entry] = MappingProxyType(
         ),
         Reason.API_KEY_INVALID: Entry(
             grpc.StatusCode.UNAUTHENTICATED, 401, _REQUEST, "invalid_api_key", "Incorrect API key provided."
+        ),
+        Reason.SIGN_IN_REFUSED: Entry(
+            grpc.StatusCode.UNAUTHENTICATED,
+            401,
+            _REQUEST,
+            "sign_in_refused",
+            "The sign-in was not accepted. Please begin it again.",
+        ),
+        Reason.MFA_CODE_INVALID: Entry(
+            grpc.StatusCode.UNAUTHENTICATED,
+            401,
+            _REQUEST,
+            "invalid_mfa_code",
+            "The code is wrong, or was used before.",
+        ),
+        Reason.SIGNATURE_INVALID: Entry(
+            grpc.StatusCode.UNAUTHENTICATED,
+            401,
+            _REQUEST,
+            "invalid_signature",
+            "This API key needs signed requests, and the signature is missing, wrong, too old, or was used before.",
         ),
         Reason.PERMISSION_DENIED: Entry(
             grpc.StatusCode.PERMISSION_DENIED,

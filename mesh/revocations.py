@@ -1,19 +1,26 @@
-"""Carries from identity to every cache of principals what has become invalid, over Redis; it judges no credential.
+"""Carries from identity to every cache of principals what has become invalid, over Redis and over gRPC; it judges no
+credential.
 
-This is the fast path. While Redis is away, a cache forgets a principal when its time is over.
+Redis is the fast path, and may lose a message. The watch of identity misses nothing, however long ago it broke off.
+While both are away, a cache forgets a principal when its time is over.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from typing import TYPE_CHECKING
 
+import grpc
 from google.protobuf.message import DecodeError
 
-from aiaas.identity.v1.auth_service_pb2 import WatchRevocationsResponse
+from aiaas.identity.v1.auth_service_pb2 import WatchRevocationsRequest, WatchRevocationsResponse
 from mesh.auth import CachedAuthenticator
 from mesh.cache import Cache
-from mesh.errors import PlatformError
+from mesh.errors import PlatformError, from_rpc_error
+
+if TYPE_CHECKING:
+    from aiaas.identity.v1.auth_service_pb2_grpc import AuthServiceStub
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +51,32 @@ async def listen(cache: Cache, authenticator: CachedAuthenticator) -> None:
         except PlatformError as error:
             if not pause:
                 logger.warning("revocations are not heard: %s", error.reason.value)
+        await asyncio.sleep(_PAUSES_S[min(pause, len(_PAUSES_S) - 1)])
+        pause += 1
+
+
+async def watch(stub: AuthServiceStub, authenticator: CachedAuthenticator) -> None:
+    """Have `authenticator` forget what identity's log names, until cancelled; goes on where it broke off.
+
+    Where the log does not reach back so far, or leaves one out, all that is known is asked for again.
+    """
+    revision = 0
+    pause = 0
+    while True:
+        try:
+            async for told in stub.WatchRevocations(WatchRevocationsRequest(after_revision=revision)):
+                if pause:
+                    logger.info("revocations are watched again")
+                    pause = 0
+                named = told.WhichOneof("subject") is not None
+                if told.revision != revision + named:
+                    authenticator.expire_all()
+                if named:
+                    authenticator.invalidate(told)
+                revision = told.revision
+        except grpc.aio.AioRpcError as error:
+            if not pause:
+                logger.warning("revocations are not watched: %s", from_rpc_error(error).reason.value)
         await asyncio.sleep(_PAUSES_S[min(pause, len(_PAUSES_S) - 1)])
         pause += 1
 

@@ -171,7 +171,7 @@ class Inference:
         of room or money (RATE_LIMIT_EXCEEDED, INSUFFICIENT_QUOTA), for what is the platform's (UNAVAILABLE,
         MODEL_NOT_PRICED, USAGE_UNRECORDABLE, NO_BACKEND_AVAILABLE, BACKEND_ERROR, BACKEND_TIMEOUT); after it
         BACKEND_ERROR or BACKEND_TIMEOUT for an answer that broke off, UNAVAILABLE for one whose budget can be charged
-        no longer; DEADLINE_EXCEEDED at any time.
+        no longer, whatever `revoke` was told; DEADLINE_EXCEEDED at any time.
         """
         if self._task is None:
             self._task = asyncio.current_task()
@@ -208,6 +208,15 @@ class Inference:
             self._give_up()
             if self._task is not None:
                 self._task.cancel()
+
+    def revoke(self, why: PlatformError) -> None:
+        """Whoever asked for it may not have it any more: end it, with this error. Not for whoever runs it."""
+        self._end_early(why)
+
+    @property
+    def principal(self) -> Principal:
+        """Who asked for it, as they were when it began."""
+        return self._request.principal
 
     def _give_up(self) -> None:
         if self._watch is not None and self._watch.complete:

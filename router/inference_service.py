@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import grpc
@@ -39,6 +39,12 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
         self._engine = engine
         self._registry = registry
         self._relays = relays
+        self._running: dict[Inference, str] = {}
+
+    def running(self) -> Iterator[tuple[str, Inference]]:
+        """What Infer runs now, with the credential it was asked for with."""
+        for inference, credential in self._running.items():
+            yield credential, inference
 
     async def Infer(self, request: pb.InferRequest, context: _Context) -> AsyncIterator[pb.InferResponse]:
         """Run one request."""
@@ -61,6 +67,7 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
         # A client that goes away while an answer waits to be read leaves this generator suspended at its yield, where
         # no cancellation arrives: without this, closing the connection would be left to the garbage collector.
         context.add_done_callback(lambda _: inference.abandon())  # type: ignore[arg-type]  # stubs want a subclass
+        self._running[inference] = call.credential.get() or ""
         running = asyncio.create_task(reader.run(inference))
         try:
             async for response in reader.responses():
@@ -68,6 +75,7 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
                 self._engine.journal.secure()
                 yield response
         finally:
+            self._running.pop(inference, None)
             inference.abandon()
             await asyncio.wait([running])
 

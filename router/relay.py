@@ -7,14 +7,16 @@ not read from any further, so that one slow client costs its neighbours nothing.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 from aiaas.router.v1 import inference_service_pb2 as pb
-from mesh import context, tracing
+from mesh import context, request_signatures, tracing
 from mesh.auth import CachedAuthenticator, Principal, authorize, find_method, policy_of
 from mesh.errors import PlatformError, Reason, to_status
 from mesh.relay import WINDOW_S, Outbox
+from mesh.request_signatures import SignatureVerifier
 from mesh.tracing import Span
 from router.answers import EVENT_STREAM, Head, InferenceRequest, Tail
 from router.inference import Engine, Inference
@@ -27,16 +29,24 @@ _POLICY = policy_of(find_method("/aiaas.router.v1.InferenceService/Infer"))
 class Relays:
     """All relays of a router."""
 
-    def __init__(self, engine: Engine, authenticator: CachedAuthenticator) -> None:
+    def __init__(
+        self, engine: Engine, authenticator: CachedAuthenticator, signatures: SignatureVerifier | None = None
+    ) -> None:
         self._engine = engine
         self._authenticator = authenticator
+        self._signatures = signatures
         self._open: set[Relay] = set()
         self.draining = False
         """Whether edges are asked to open their next inferences elsewhere."""
 
+    def running(self) -> Iterator[tuple[str, Inference]]:
+        """What runs now on all of them, with the credential it was asked for with."""
+        for relay in self._open:
+            yield from relay.running()
+
     def open(self, *, window_s: float = WINDOW_S) -> Relay:
         """A new relay; whoever opens it closes it."""
-        relay = Relay(self._engine, self._authenticator, window_s)
+        relay = Relay(self._engine, self._authenticator, self._signatures, window_s)
         self._open.add(relay)
         if self.draining:
             relay.drain()
@@ -57,9 +67,16 @@ class Relays:
 class Relay:
     """One edge worker's relay."""
 
-    def __init__(self, engine: Engine, authenticator: CachedAuthenticator, window_s: float) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        authenticator: CachedAuthenticator,
+        signatures: SignatureVerifier | None,
+        window_s: float,
+    ) -> None:
         self._engine = engine
         self._authenticator = authenticator
+        self._signatures = signatures
         self._outbox = Outbox(window_s=window_s)
         self._running: dict[int, _Relayed] = {}
         self._loop = asyncio.get_running_loop()
@@ -95,6 +112,12 @@ class Relay:
                 self._last_opened = True
                 self._end_if_drained()
 
+    def running(self) -> Iterator[tuple[str, Inference]]:
+        """What runs now, with the credential it was asked for with."""
+        for relayed in self._running.values():
+            if relayed.inference is not None:
+                yield relayed.credential, relayed.inference
+
     def drain(self) -> None:
         """Ask the edge to open no more."""
         self._outbox.add(0).drain.SetInParent()
@@ -113,7 +136,7 @@ class Relay:
             await asyncio.wait(self._tasks)
 
     def _begin(self, inference_id: int, opened: pb.RelayOpen) -> None:
-        relayed = self._running[inference_id] = _Relayed(self, inference_id, opened.credit_bytes)
+        relayed = self._running[inference_id] = _Relayed(self, inference_id, opened.credit_bytes, opened.credential)
         run = self._run_traced if opened.traceparent else self._run
         relayed.task = self._loop.create_task(run(relayed, opened))
         self._tasks.add(relayed.task)
@@ -138,6 +161,8 @@ class Relay:
             principal = self._authenticator.cached(opened.credential)
             if principal is None:
                 principal = await self._authenticator.authenticate(opened.credential)
+            if principal.signature_required:
+                await self._check_signature(principal, opened)
             if _POLICY.permission not in principal.permissions:
                 # The usual answer is known without this, at a twentieth of the cost.
                 authorize(principal, _POLICY, opened.request)
@@ -152,6 +177,13 @@ class Relay:
             if span is not None:
                 span.fail(error.reason.value)
             relayed.end(error)
+
+    async def _check_signature(self, principal: Principal, opened: pb.RelayOpen) -> None:
+        signature = opened.signature if opened.HasField("signature") else None
+        if signature is not None:
+            # Of the body that is here, whatever anybody says of it.
+            signature.body_sha256 = hashlib.sha256(opened.request.body).digest()
+        await request_signatures.check(principal, signature, self._signatures)
 
     def _begin_inference(
         self, relayed: _Relayed, opened: pb.RelayOpen, principal: Principal, span: Span | None
@@ -185,13 +217,24 @@ class Relay:
 class _Relayed:
     """The reader of one inference, as far as its credit goes."""
 
-    __slots__ = ("_credit_bytes", "_end", "_held", "_inference_id", "_outbox", "_relay", "inference", "task")
+    __slots__ = (
+        "_credit_bytes",
+        "_end",
+        "_held",
+        "_inference_id",
+        "_outbox",
+        "_relay",
+        "credential",
+        "inference",
+        "task",
+    )
 
-    def __init__(self, relay: Relay, inference_id: int, credit_bytes: int) -> None:
+    def __init__(self, relay: Relay, inference_id: int, credit_bytes: int, credential: str) -> None:
         self._relay = relay
         self._outbox = relay._outbox
         self._inference_id = inference_id
         self._credit_bytes = credit_bytes
+        self.credential = credential
         self._held: list[bytes] = []
         self._end: Tail | PlatformError | None = None
         self.inference: Inference | None = None

@@ -14,7 +14,14 @@ from typing import Any
 
 from google.protobuf.descriptor import ServiceDescriptor
 
-from aiaas.identity.v1 import auth_service_pb2, auth_service_pb2_grpc, budget_service_pb2, budget_service_pb2_grpc
+from aiaas.identity.v1 import (
+    auth_service_pb2,
+    auth_service_pb2_grpc,
+    budget_service_pb2,
+    budget_service_pb2_grpc,
+    request_signing_service_pb2,
+    request_signing_service_pb2_grpc,
+)
 from aiaas.router.v1 import (
     backend_service_pb2,
     backend_service_pb2_grpc,
@@ -40,7 +47,8 @@ from mesh.ids import new_id
 from mesh.interceptors import chain
 from mesh.ops import OpsServer
 from mesh.process import spare_collector
-from mesh.revocations import listen
+from mesh.request_signatures import RemoteVerifier
+from mesh.revocations import listen, watch
 from mesh.scripts import Scripts
 from mesh.server import AddServicer, GrpcServer
 from mesh.topology import USAGE
@@ -61,6 +69,7 @@ from router.model_service import ModelService
 from router.price_service import PriceService
 from router.publisher import UsagePublisher
 from router.rate_limits import RATE_LIMITS, ROUTERS, Defaults, RateLimiter
+from router.rechecks import Rechecks
 from router.relay import Relays
 from router.router_service import RouterService
 from router.router_store import RouterStore
@@ -101,14 +110,15 @@ async def serve(
                 config.identity_target,
                 auth_service_pb2.DESCRIPTOR.services_by_name["AuthService"],
                 budget_service_pb2.DESCRIPTOR.services_by_name["BudgetService"],
+                request_signing_service_pb2.DESCRIPTOR.services_by_name["RequestSigningService"],
             )
         )
         upstream = await resources.enter_async_context(HttpUpstream(credentials))
 
-        authenticator = CachedAuthenticator(
-            RemoteAuthenticator(auth_service_pb2_grpc.AuthServiceStub(identity)), clock, random
-        )
+        identity_auth = auth_service_pb2_grpc.AuthServiceStub(identity)
+        authenticator = CachedAuthenticator(RemoteAuthenticator(identity_auth), clock, random)
         resources.push_async_callback(authenticator.close)
+        signatures = RemoteVerifier(request_signing_service_pb2_grpc.RequestSigningServiceStub(identity))
 
         store = Store(database)
         registry = Registry(store)
@@ -150,7 +160,8 @@ async def serve(
             router_id=journal.router_id,
             idempotency=idempotency,
         )
-        relays = Relays(engine, authenticator)
+        relays = Relays(engine, authenticator, signatures)
+        inference_service = InferenceService(engine, registry, relays)
         replicas, engine_tokens = RouterStore(database), EngineTokenStore(database)
         heartbeats = Heartbeats(
             replicas,
@@ -168,11 +179,11 @@ async def serve(
             _services(
                 store,
                 registry,
-                InferenceService(engine, registry, relays),
+                inference_service,
                 JournalService(journal, publisher, clock),
                 RouterService(replicas, engine_tokens),
             ),
-            chain(authenticator, traced=config.otlp_endpoint is not None),
+            chain(authenticator, signatures=signatures, traced=config.otlp_endpoint is not None),
             reflect=config.reflection,
             drain_s=config.drain_s,
         )
@@ -200,6 +211,8 @@ async def serve(
                     ("idempotency", idempotency.run),
                     ("kept answers", kept_answers.run_connection),
                     ("revocations", functools.partial(listen, redis, authenticator)),
+                    ("watched revocations", functools.partial(watch, identity_auth, authenticator)),
+                    ("rechecks", Rechecks(authenticator, relays.running, inference_service.running).run),
                 )
             ]
             await ops_server.start()

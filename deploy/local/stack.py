@@ -202,6 +202,7 @@ class _Composition:
             }
         if service == "identity":
             own["AIAAS_IDENTITY_AUDIT_KEY"] = self.state.key("identity-audit")
+            own["AIAAS_IDENTITY_SECRET_KEY"] = self.state.key("identity")
         if service == "router":
             own["AIAAS_ROUTER_JOURNAL_PATH"] = str(self.state.folder("router") / "journal")
         if service == "analytics":

@@ -87,6 +87,8 @@ class InferenceEndpoint:
         opened.credential = context.credential.get()
         opened.request_id = exchange.request_id
         opened.traceparent = traceparent
+        if (signature := context.signature.get()) is not None:
+            opened.signature.CopyFrom(signature)
         request = opened.request
         request.endpoint = self._endpoint
         request.body = body

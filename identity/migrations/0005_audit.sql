@@ -57,11 +57,12 @@ CREATE INDEX audit_checkpoints_by_sequence ON audit_checkpoints (organization_id
 REVOKE UPDATE, DELETE ON audit_entries, audit_checkpoints FROM aiaas_identity;
 REVOKE DELETE ON audit_chains FROM aiaas_identity;
 
-DO $$
+-- The wall of 0004_row_level_security.sql around tables that came after it: each has a column organization_id.
+CREATE FUNCTION wall_between_organizations(VARIADIC tenant_tables text[]) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     tenant_table text;
 BEGIN
-    FOREACH tenant_table IN ARRAY ARRAY['audit_chains', 'audit_entries', 'audit_checkpoints'] LOOP
+    FOREACH tenant_table IN ARRAY tenant_tables LOOP
         EXECUTE format('ALTER TABLE %I ENABLE ROW LEVEL SECURITY', tenant_table);
         EXECUTE format('ALTER TABLE %I FORCE ROW LEVEL SECURITY', tenant_table);
         EXECUTE format(
@@ -72,3 +73,5 @@ BEGIN
     END LOOP;
 END
 $$;
+
+SELECT wall_between_organizations('audit_chains', 'audit_entries', 'audit_checkpoints');

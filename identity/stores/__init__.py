@@ -23,10 +23,16 @@ from identity.stores.budgets import BudgetRows
 from identity.stores.configurations import ConfigurationRows
 from identity.stores.creations import CreationRows
 from identity.stores.credentials import HolderRows, find_credential
+from identity.stores.invites import InviteRows
+from identity.stores.issuers import IssuerRows, IssuerSignInRows, IssuerUserRows
+from identity.stores.mfa import EnrollmentRows, MfaRequirementRows, RecoveryCodeRows, TotpRows
 from identity.stores.organizations import OrganizationRows
+from identity.stores.revocations import RevocationRows
 from identity.stores.roles import RoleRows
 from identity.stores.rows import Connection
+from identity.stores.scim import ScimGroupRows, ScimSettingsRows, ScimUserRows
 from identity.stores.service_accounts import ServiceAccountRows
+from identity.stores.signing_secrets import SigningSecretRows
 from identity.stores.unpublished_events import UnpublishedEventRows
 from identity.stores.users import UserRows
 from mesh import context
@@ -63,12 +69,23 @@ class Transaction:
         self.unpublished_events = UnpublishedEventRows(connection)
         self.configurations = ConfigurationRows(connection)
         self.audit = AuditRows(connection)
-        self.revocations: list[Revocation] = []
+        self.totps = TotpRows(connection)
+        self.totp_enrollments = EnrollmentRows(connection)
+        self.recovery_codes = RecoveryCodeRows(connection)
+        self.mfa_requirements = MfaRequirementRows(connection)
+        self.signing_secrets = SigningSecretRows(connection)
+        self.issuers = IssuerRows(connection)
+        self.issuer_users = IssuerUserRows(connection)
+        self.issuer_sign_ins = IssuerSignInRows(connection)
+        self.scim_settings = ScimSettingsRows(connection)
+        self.scim_users = ScimUserRows(connection)
+        self.scim_groups = ScimGroupRows(connection)
+        self.invites = InviteRows(connection)
+        self.revocations = RevocationRows(connection)
 
     async def revoke(self, subject: Subject, subject_id: str) -> None:
         """Have it announced, once this transaction is committed, that caches must forget the subject."""
-        revision = await self._connection.fetchval("SELECT nextval('revocations')")
-        self.revocations.append(Revocation(revision, subject, subject_id))
+        self.revocations.note(subject, subject_id)
 
     async def lock_bootstrap(self) -> None:
         """Wait for any other bootstrap to end; the lock goes with the transaction."""
@@ -155,7 +172,8 @@ class _Held:
                     raise PlatformError(Reason.INTERNAL)
                 await self._stored.audit.append(entry, self._audit_keys)
                 recorded = True
-        for revocation in self._stored.revocations:
+            revoked = await self._stored.revocations.write()
+        for revocation in revoked:
             await self._announce(revocation)
         return recorded
 

@@ -117,6 +117,20 @@ class ApiKeyRows:
         )
         return key_of(found(row))
 
+    async def rotate(
+        self, organization_id: str, api_key_id: str, digest: bytes, previous_expire_time: datetime
+    ) -> ApiKey:
+        """Store the digest of a key's new text; the one it replaces is kept until it expires."""
+        row = await self._connection.fetchrow(
+            "UPDATE api_keys SET previous_digest = digest, previous_expire_time = $4, digest = $3,"
+            f" revision = revision + 1 WHERE organization_id = $1 AND api_key_id = $2 RETURNING {_COLUMNS}",
+            organization_id,
+            api_key_id,
+            digest,
+            previous_expire_time,
+        )
+        return key_of(found(row))
+
     async def revoke_of_user(self, organization_id: str, user_id: str, now: datetime) -> None:
         """Revoke every key that acts as this user in the organization."""
         await self._connection.execute(

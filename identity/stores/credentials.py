@@ -29,8 +29,9 @@ _FIND_HOLDER = (
 _OF_KEY = {"organization": "k.organization_id", "service_account": "k.service_account_id", "user": "k.user_id"}
 _FIND_CREDENTIAL = (
     "SELECT k.*, o.state, o.rate_limits AS organization_limits, o.allowed_models AS organization_models,"
-    " h.role_ids, h.acting, c.custom_permissions"
+    " h.role_ids, h.acting, c.custom_permissions, s.api_key_id IS NOT NULL AS signature_required"
     " FROM api_keys k JOIN organizations o USING (organization_id)"
+    " LEFT JOIN signing_secrets s ON s.api_key_id = k.api_key_id"
     f" LEFT JOIN LATERAL ({_HOLDERS}) h ON true LEFT JOIN LATERAL ({_CUSTOM}) c ON true WHERE k.api_key_id = $1"
 ).format(**_OF_KEY)
 
@@ -57,6 +58,9 @@ async def find_credential(database: Database, api_key_id: str) -> Credential | N
     return Credential(
         key=key_of(row),
         digest=row["digest"],
+        previous_digest=row["previous_digest"],
+        previous_expire_time=row["previous_expire_time"],
+        signature_required=row["signature_required"],
         organization_state=OrganizationState(row["state"]),
         organization_limits=limits_from_json(row["organization_limits"]),
         organization_models=tuple(row["organization_models"]),

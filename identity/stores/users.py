@@ -23,7 +23,7 @@ class UserRows:
     async def known_or_new(self, email: str, user_id: str, now: datetime) -> tuple[str, str, UserState]:
         """Id, address and state of the user with this address, made with `user_id` if there is none.
 
-        One of the two queries that name no organization: a user exists once on the platform.
+        One of the queries that name no organization: a user exists once on the platform.
         """
         row = await self._connection.fetchrow(
             "INSERT INTO users (user_id, email, create_time) VALUES ($1, $2, $3)"
@@ -35,6 +35,23 @@ class UserRows:
         )
         user = found(row)
         return user["user_id"], user["email"], UserState(user["state"])
+
+    async def is_known(self, email: str) -> bool:
+        """Whether there is a user with this address, in whichever organization."""
+        known: bool = await self._connection.fetchval(
+            "SELECT EXISTS (SELECT FROM users WHERE lower(email) = lower($1))", email
+        )
+        return known
+
+    async def is_member(self, organization_id: str, email: str) -> bool:
+        """Whether the user with this address is a member."""
+        member: bool = await self._connection.fetchval(
+            "SELECT EXISTS (SELECT FROM memberships JOIN users USING (user_id)"
+            " WHERE organization_id = $1 AND lower(email) = lower($2))",
+            organization_id,
+            email,
+        )
+        return member
 
     async def add_membership(self, user: User) -> bool:
         """Store a new membership; False if there is one."""
@@ -93,6 +110,15 @@ class UserRows:
         await self._connection.execute(
             "DELETE FROM memberships WHERE organization_id = $1 AND user_id = $2", organization_id, user_id
         )
+
+    async def is_in_another(self, organization_id: str, user_id: str) -> bool:
+        """Whether a user is a member of another organization than this one; it has to see all of them."""
+        is_in: bool = await self._connection.fetchval(
+            "SELECT EXISTS (SELECT FROM memberships WHERE user_id = $2 AND organization_id <> $1)",
+            organization_id,
+            user_id,
+        )
+        return is_in
 
     async def is_held_by_another(self, organization_id: str, role_id: str, user_id: str) -> bool:
         """Whether an active member other than this one holds the role."""

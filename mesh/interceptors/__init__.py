@@ -18,19 +18,22 @@ from mesh.interceptors.errors import ErrorsInterceptor
 from mesh.interceptors.metrics import MetricsInterceptor
 from mesh.interceptors.request_id import RequestIdInterceptor
 from mesh.interceptors.tracing import tracing_interceptor
+from mesh.request_signatures import SignatureVerifier
 
 
 def chain(
     authenticator: Authenticator,
     *,
+    signatures: SignatureVerifier | None = None,
     traced: bool = False,
     stream_timeout_s: float = 600.0,
     witnesses: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = (),
 ) -> list[grpc.aio.ServerInterceptor[Any, Any]]:
     """The interceptors of every server of the platform, outermost first.
 
-    `traced` says whether spans go anywhere; `stream_timeout_s` ends streams whose caller set no deadline. `witnesses`
-    are a service's own, which see every call as it is judged and as it ends.
+    Without `signatures` nobody is let in whose requests have to be signed. `traced` says whether spans go anywhere;
+    `stream_timeout_s` ends streams whose caller set no deadline. `witnesses` are a service's own, which see every call
+    as it is judged and as it ends.
     """
     return [
         RequestIdInterceptor(),
@@ -39,5 +42,5 @@ def chain(
         ErrorsInterceptor(),
         DeadlineInterceptor(stream_timeout_s=stream_timeout_s),
         *witnesses,
-        AuthInterceptor(authenticator),
+        AuthInterceptor(authenticator, signatures),
     ]

@@ -12,6 +12,7 @@ from aiaas.type.v1 import options_pb2
 from mesh import context as call
 from mesh.auth import Authenticator, authorize, credential_of, find_method, policy_of
 from mesh.interceptors.handler import Handler, metadata_value, proceed
+from mesh.request_signatures import METADATA, SignatureVerifier, check, from_metadata
 
 _WITHOUT_PRINCIPAL = ("public", "internal")
 
@@ -19,8 +20,9 @@ _WITHOUT_PRINCIPAL = ("public", "internal")
 class AuthInterceptor(AsyncServerInterceptor):
     """Resolves the principal, checks permission and organization, and sets `mesh.context.principal`."""
 
-    def __init__(self, authenticator: Authenticator) -> None:
+    def __init__(self, authenticator: Authenticator, signatures: SignatureVerifier | None) -> None:
         self._authenticator = authenticator
+        self._signatures = signatures
 
     async def intercept(
         self, method: Handler, request: Any, context: grpc.aio.ServicerContext[Any, Any], method_name: str
@@ -35,10 +37,19 @@ class AuthInterceptor(AsyncServerInterceptor):
             principal = await self._authenticator.authenticate(credential)
             # Set first, so that whoever sees a refusal knows whose it is.
             call.principal.set(principal)
+            if principal.signature_required:
+                await check(principal, from_metadata(_signature(context)), self._signatures)
             # A stream of requests is judged by permission alone; its handler judges each message.
             authorize(principal, policy, request if isinstance(request, Message) else Empty())
             call.credential.set(credential)
         return await proceed(method, request, context)
+
+
+def _signature(context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
+    for key, value in context.invocation_metadata() or ():
+        if key == METADATA and isinstance(value, bytes):
+            return value
+    return b""
 
 
 @cache

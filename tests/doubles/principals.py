@@ -19,6 +19,7 @@ def principal(
     key_id: str = KEY.id,
     user_id: str = "",
     service_account_id: str = "",
+    signature_required: bool = False,
 ) -> Principal:
     """A principal of an API key."""
     return Principal(
@@ -31,4 +32,5 @@ def principal(
         permissions=frozenset(permissions),
         platform=platform,
         expire_time=expire_time,
+        signature_required=signature_required,
     )

@@ -20,7 +20,6 @@ from aiaas.type.v1.platform_event_pb2 import PlatformEvent
 from analytics.event_service import EventService
 from analytics.event_store import EventStore
 from analytics.platform_events import read_event
-from analytics.webhook_secrets import Seal
 from analytics.webhook_sender import Poster, Sender
 from analytics.webhook_service import WebhookService
 from analytics.webhook_store import WebhookStore
@@ -29,6 +28,7 @@ from mesh.auth import Principal
 from mesh.database import Database
 from mesh.errors import PlatformError, from_rpc_error
 from mesh.interceptors import chain
+from mesh.sealing import Seal
 from mesh.server import GrpcServer
 from tests.doubles.clock import ManualClock
 from tests.doubles.usage_events import NOW

@@ -40,6 +40,7 @@ T = TypeVar("T")
 
 NO_BROKER = "amqp://127.0.0.1:1/"
 AUDIT_KEY = base64.b64encode(bytes(range(32))).decode()
+SECRET_KEY = base64.b64encode(bytes(range(1, 33))).decode()
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,7 @@ async def running_identity(
         database_url=database_url,
         amqp_url=amqp_url,
         audit_keys=AUDIT_KEY,
+        secret_key=SECRET_KEY,
         redis_url=redis_url,
         drain_s=drain_s,
         configuration_path=configuration_path,

@@ -15,7 +15,7 @@ from aiaas.identity.v1 import service_account_service_pb2 as service_accounts
 from aiaas.identity.v1 import user_service_pb2 as users
 from aiaas.identity.v1.auth_service_pb2 import GetCurrentPrincipalRequest
 from aiaas.type.v1.limits_pb2 import RateLimits
-from mesh.errors import PlatformError, Reason, from_rpc_error
+from mesh.errors import Reason, from_rpc_error
 from tests.integration.identity.harness import Identity
 
 
@@ -399,9 +399,3 @@ async def test_built_in_role_cannot_be_changed(identity: Identity) -> None:
     found = (await identity.call(identity.roles.GetRole, roles.GetRoleRequest(**ids))).role
     assert found.built_in
     assert "inference.create" in found.permissions
-
-
-async def test_rpc_that_comes_later_is_unimplemented(identity: Identity) -> None:
-    request = organizations.DeleteOrganizationRequest(organization_id=await identity.organization())
-    error: PlatformError = await identity.refused(identity.organizations.DeleteOrganization, request)
-    assert error.reason is Reason.UNIMPLEMENTED

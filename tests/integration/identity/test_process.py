@@ -5,7 +5,6 @@ import json
 import os
 import socket
 import sys
-from importlib import resources
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -21,7 +20,14 @@ from mesh.errors import PlatformError, Reason
 from mesh.migrate import migrate
 from mesh.revocations import CHANNEL
 from tests.doubles.tcp_gate import TcpGate
-from tests.integration.identity.harness import AUDIT_KEY, NO_BROKER, Identity, bootstrapped, running_identity
+from tests.integration.identity.harness import (
+    AUDIT_KEY,
+    NO_BROKER,
+    SECRET_KEY,
+    Identity,
+    bootstrapped,
+    running_identity,
+)
 
 MIGRATIONS = sorted(
     file.name for file in resources.files("identity.migrations").iterdir() if file.name.endswith(".sql")
@@ -45,6 +51,7 @@ async def test_bootstrap_makes_the_administrator_once(postgres_url: str) -> None
         "AIAAS_IDENTITY_DATABASE_URL": postgres_url,
         "AIAAS_IDENTITY_AMQP_URL": NO_BROKER,
         "AIAAS_IDENTITY_AUDIT_KEY": AUDIT_KEY,
+        "AIAAS_IDENTITY_SECRET_KEY": SECRET_KEY,
     }
     status, output, _ = await run(environment, "migrate")
     assert (status, output) == (0, "".join(f"applied {name}\n" for name in MIGRATIONS))
@@ -78,6 +85,7 @@ async def test_wrong_configuration_is_named_and_its_secret_is_not() -> None:
     assert "AIAAS_IDENTITY_DATABASE_URL" in errors
     assert "AIAAS_IDENTITY_AMQP_URL" in errors
     assert "AIAAS_IDENTITY_AUDIT_KEY" in errors
+    assert "AIAAS_IDENTITY_SECRET_KEY" in errors
     assert "AIAAS_IDENTITY_OPS_ADDRESS" in errors
     status, _, errors = await run({}, "bootstrap")
     assert status == 2
@@ -90,6 +98,7 @@ async def test_bootstrap_without_a_database_says_so() -> None:
             "AIAAS_IDENTITY_DATABASE_URL": "postgresql://app:hidden-password@127.0.0.1:1/identity",
             "AIAAS_IDENTITY_AMQP_URL": NO_BROKER,
             "AIAAS_IDENTITY_AUDIT_KEY": AUDIT_KEY,
+            "AIAAS_IDENTITY_SECRET_KEY": SECRET_KEY,
         },
         "bootstrap",
     )
@@ -113,6 +122,7 @@ async def test_process_serves_until_it_is_told_to_stop(database_url: str, tmp_pa
             "AIAAS_IDENTITY_DATABASE_URL": database_url,
             "AIAAS_IDENTITY_AMQP_URL": NO_BROKER,
             "AIAAS_IDENTITY_AUDIT_KEY": AUDIT_KEY,
+            "AIAAS_IDENTITY_SECRET_KEY": SECRET_KEY,
         },
         stderr=asyncio.subprocess.PIPE,
     )

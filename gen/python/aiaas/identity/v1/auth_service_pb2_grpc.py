@@ -65,7 +65,9 @@ class AuthServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchRevocations(self, request, context):
-        """Streams what has become invalid, so that caches forget it: the second path beside the Redis channel.
+        """Streams what has become invalid, so that caches forget it: the second path beside the Redis channel. The first
+        message has no subject: it says after which revision nothing is missed, which is not the one that was asked for where
+        the log does not reach back so far. From there on revisions follow one another without gaps.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -21,7 +21,10 @@ class AuthServiceStub:
     away is UNAVAILABLE, never UNAUTHENTICATED.
     """
     WatchRevocations: _aio.UnaryStreamMultiCallable[_auth_service_pb2.WatchRevocationsRequest, _auth_service_pb2.WatchRevocationsResponse]
-    """Streams what has become invalid, so that caches forget it: the second path beside the Redis channel."""
+    """Streams what has become invalid, so that caches forget it: the second path beside the Redis channel. The first
+    message has no subject: it says after which revision nothing is missed, which is not the one that was asked for where
+    the log does not reach back so far. From there on revisions follow one another without gaps.
+    """
     GetCurrentPrincipal: _aio.UnaryUnaryMultiCallable[_auth_service_pb2.GetCurrentPrincipalRequest, _auth_service_pb2.GetCurrentPrincipalResponse]
     """Returns the caller's own principal."""
 
@@ -44,7 +47,10 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _auth_service_pb2.WatchRevocationsRequest,
         context: _aio.ServicerContext[_auth_service_pb2.WatchRevocationsRequest, _abc.AsyncIterator[_auth_service_pb2.WatchRevocationsResponse]],
     ) -> _abc.AsyncIterator[_auth_service_pb2.WatchRevocationsResponse]:
-        """Streams what has become invalid, so that caches forget it: the second path beside the Redis channel."""
+        """Streams what has become invalid, so that caches forget it: the second path beside the Redis channel. The first
+        message has no subject: it says after which revision nothing is missed, which is not the one that was asked for where
+        the log does not reach back so far. From there on revisions follow one another without gaps.
+        """
 
     @_abc_1.abstractmethod
     def GetCurrentPrincipal(

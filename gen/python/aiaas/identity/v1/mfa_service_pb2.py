@@ -27,7 +27,7 @@ from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mas
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#aiaas/identity/v1/mfa_service.proto\x12\x11\x61iaas.identity.v1\x1a\x1b\x61iaas/type/v1/options.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"{\n\x03Mfa\x12\x14\n\x0ctotp_enabled\x18\x01 \x01(\x08\x12\x1b\n\x13recovery_codes_left\x18\x02 \x01(\x05\x12\x10\n\x08required\x18\x03 \x01(\x08\x12/\n\x0b\x65nable_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x8c\x01\n\x0eMfaRequirement\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12\x10\n\x08\x65veryone\x18\x02 \x01(\x08\x12\x10\n\x08role_ids\x18\x03 \x03(\t\x12/\n\x0bupdate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\x05 \x01(\t\"\x0f\n\rGetMfaRequest\"5\n\x0eGetMfaResponse\x12#\n\x03mfa\x18\x01 \x01(\x0b\x32\x16.aiaas.identity.v1.Mfa\"*\n\x11\x45nrollTotpRequest\x12\x15\n\x08password\x18\x01 \x01(\tB\x03\x80\x01\x01\"t\n\x12\x45nrollTotpResponse\x12\x13\n\x06secret\x18\x01 \x01(\tB\x03\x80\x01\x01\x12\x18\n\x0botpauth_uri\x18\x02 \x01(\tB\x03\x80\x01\x01\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\",\n\x12\x43onfirmTotpRequest\x12\x16\n\ttotp_code\x18\x01 \x01(\tB\x03\x80\x01\x01\"W\n\x13\x43onfirmTotpResponse\x12#\n\x03mfa\x18\x01 \x01(\x0b\x32\x16.aiaas.identity.v1.Mfa\x12\x1b\n\x0erecovery_codes\x18\x02 \x03(\tB\x03\x80\x01\x01\"m\n\x12\x44isableTotpRequest\x12\x15\n\x08password\x18\x01 \x01(\tB\x03\x80\x01\x01\x12\x18\n\ttotp_code\x18\x02 \x01(\tB\x03\x80\x01\x01H\x00\x12\x1c\n\rrecovery_code\x18\x03 \x01(\tB\x03\x80\x01\x01H\x00\x42\x08\n\x06\x61nswer\":\n\x13\x44isableTotpResponse\x12#\n\x03mfa\x18\x01 \x01(\x0b\x32\x16.aiaas.identity.v1.Mfa\"8\n\x1eRegenerateRecoveryCodesRequest\x12\x16\n\ttotp_code\x18\x01 \x01(\tB\x03\x80\x01\x01\">\n\x1fRegenerateRecoveryCodesResponse\x12\x1b\n\x0erecovery_codes\x18\x01 \x03(\tB\x03\x80\x01\x01\"O\n\x13ResetUserMfaRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\";\n\x14ResetUserMfaResponse\x12#\n\x03mfa\x18\x01 \x01(\x0b\x32\x16.aiaas.identity.v1.Mfa\"3\n\x18GetMfaRequirementRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\"W\n\x19GetMfaRequirementResponse\x12:\n\x0fmfa_requirement\x18\x01 \x01(\x0b\x32!.aiaas.identity.v1.MfaRequirement\"\xa3\x01\n\x1bUpdateMfaRequirementRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12:\n\x0fmfa_requirement\x18\x02 \x01(\x0b\x32!.aiaas.identity.v1.MfaRequirement\x12/\n\x0bupdate_mask\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"Z\n\x1cUpdateMfaRequirementResponse\x12:\n\x0fmfa_requirement\x18\x01 \x01(\x0b\x32!.aiaas.identity.v1.MfaRequirement2\xf7\n\n\nMfaService\x12x\n\x06GetMfa\x12 .aiaas.identity.v1.GetMfaRequest\x1a!.aiaas.identity.v1.GetMfaResponse\")\x90\x02\x01\xaa\xd4\x18\"\x18\x01*\x1e\n\x03GET\x12\x17/admin/v1/principal/mfa\x12\x8c\x01\n\nEnrollTotp\x12$.aiaas.identity.v1.EnrollTotpRequest\x1a%.aiaas.identity.v1.EnrollTotpResponse\"1\xaa\xd4\x18-\x18\x01*)\n\x04POST\x12\x1e/admin/v1/principal/mfa:enroll\x1a\x01*\x12\x90\x01\n\x0b\x43onfirmTotp\x12%.aiaas.identity.v1.ConfirmTotpRequest\x1a&.aiaas.identity.v1.ConfirmTotpResponse\"2\xaa\xd4\x18.\x18\x01**\n\x04POST\x12\x1f/admin/v1/principal/mfa:confirm\x1a\x01*\x12\x90\x01\n\x0b\x44isableTotp\x12%.aiaas.identity.v1.DisableTotpRequest\x1a&.aiaas.identity.v1.DisableTotpResponse\"2\xaa\xd4\x18.\x18\x01**\n\x04POST\x12\x1f/admin/v1/principal/mfa:disable\x1a\x01*\x12\xb7\x01\n\x17RegenerateRecoveryCodes\x12\x31.aiaas.identity.v1.RegenerateRecoveryCodesRequest\x1a\x32.aiaas.identity.v1.RegenerateRecoveryCodesResponse\"5\xaa\xd4\x18\x31\x18\x01*-\n\x04POST\x12\"/admin/v1/principal/mfa:regenerate\x1a\x01*\x12\xbf\x01\n\x0cResetUserMfa\x12&.aiaas.identity.v1.ResetUserMfaRequest\x1a\'.aiaas.identity.v1.ResetUserMfaResponse\"^\xaa\xd4\x18Z\n\tmfa.reset*M\n\x04POST\x12\x42/admin/v1/organizations/{organization_id}/users/{user_id}:resetMfa\x1a\x01*\x12\xcf\x01\n\x11GetMfaRequirement\x12+.aiaas.identity.v1.GetMfaRequirementRequest\x1a,.aiaas.identity.v1.GetMfaRequirementResponse\"_\x90\x02\x01\xaa\xd4\x18X\n\x14mfa_requirements.get*@\n\x03GET\x12\x39/admin/v1/organizations/{organization_id}/mfa-requirement\x12\xeb\x01\n\x14UpdateMfaRequirement\x12..aiaas.identity.v1.UpdateMfaRequirementRequest\x1a/.aiaas.identity.v1.UpdateMfaRequirementResponse\"r\xaa\xd4\x18n\n\x17mfa_requirements.update*S\n\x05PATCH\x12\x39/admin/v1/organizations/{organization_id}/mfa-requirement\x1a\x0fmfa_requirementb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#aiaas/identity/v1/mfa_service.proto\x12\x11\x61iaas.identity.v1\x1a\x1b\x61iaas/type/v1/options.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"{\n\x03Mfa\x12\x14\n\x0ctotp_enabled\x18\x01 \x01(\x08\x12\x1b\n\x13recovery_codes_left\x18\x02 \x01(\x05\x12\x10\n\x08required\x18\x03 \x01(\x08\x12/\n\x0b\x65nable_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x8c\x01\n\x0eMfaRequirement\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12\x10\n\x08\x65veryone\x18\x02 \x01(\x08\x12\x10\n\x08role_ids\x18\x03 \x03(\t\x12/\n\x0bupdate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\x05 \x01(\t\"\x0f\n\rGetMfaRequest\"5\n\x0eGetMfaResponse\x12#\n\x03mfa\x18\x01 \x01(\x0b\x32\x16.aiaas.identity.v1.Mfa\"l\n\x11\x45nrollTotpRequest\x12\x15\n\x08password\x18\x01 \x01(\tB\x03\x80\x01\x01\x12\x18\n\ttotp_code\x18\x02 \x01(\tB\x03\x80\x01\x01H\x00\x12\x1c\n\rrecovery_code\x18\x03 \x01(\tB\x03\x80\x01\x01H\x00\x42\x08\n\x06\x61nswer\"t\n\x12\x45nrollTotpResponse\x12\x13\n\x06secret\x18\x01 \x01(\tB\x03\x80\x01\x01\x12\x18\n\x0botpauth_uri\x18\x02 \x01(\tB\x03\x80\x01\x01\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\",\n\x12\x43onfirmTotpRequest\x12\x16\n\ttotp_code\x18\x01 \x01(\tB\x03\x80\x01\x01\"W\n\x13\x43onfirmTotpResponse\x12#\n\x03mfa\x18\x01 \x01(\x0b\x32\x16.aiaas.identity.v1.Mfa\x12\x1b\n\x0erecovery_codes\x18\x02 \x03(\tB\x03\x80\x01\x01\"m\n\x12\x44isableTotpRequest\x12\x15\n\x08password\x18\x01 \x01(\tB\x03\x80\x01\x01\x12\x18\n\ttotp_code\x18\x02 \x01(\tB\x03\x80\x01\x01H\x00\x12\x1c\n\rrecovery_code\x18\x03 \x01(\tB\x03\x80\x01\x01H\x00\x42\x08\n\x06\x61nswer\":\n\x13\x44isableTotpResponse\x12#\n\x03mfa\x18\x01 \x01(\x0b\x32\x16.aiaas.identity.v1.Mfa\"8\n\x1eRegenerateRecoveryCodesRequest\x12\x16\n\ttotp_code\x18\x01 \x01(\tB\x03\x80\x01\x01\">\n\x1fRegenerateRecoveryCodesResponse\x12\x1b\n\x0erecovery_codes\x18\x01 \x03(\tB\x03\x80\x01\x01\"O\n\x13ResetUserMfaRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\";\n\x14ResetUserMfaResponse\x12#\n\x03mfa\x18\x01 \x01(\x0b\x32\x16.aiaas.identity.v1.Mfa\"3\n\x18GetMfaRequirementRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\"W\n\x19GetMfaRequirementResponse\x12:\n\x0fmfa_requirement\x18\x01 \x01(\x0b\x32!.aiaas.identity.v1.MfaRequirement\"\xa3\x01\n\x1bUpdateMfaRequirementRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12:\n\x0fmfa_requirement\x18\x02 \x01(\x0b\x32!.aiaas.identity.v1.MfaRequirement\x12/\n\x0bupdate_mask\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"Z\n\x1cUpdateMfaRequirementResponse\x12:\n\x0fmfa_requirement\x18\x01 \x01(\x0b\x32!.aiaas.identity.v1.MfaRequirement2\xf7\n\n\nMfaService\x12x\n\x06GetMfa\x12 .aiaas.identity.v1.GetMfaRequest\x1a!.aiaas.identity.v1.GetMfaResponse\")\x90\x02\x01\xaa\xd4\x18\"\x18\x01*\x1e\n\x03GET\x12\x17/admin/v1/principal/mfa\x12\x8c\x01\n\nEnrollTotp\x12$.aiaas.identity.v1.EnrollTotpRequest\x1a%.aiaas.identity.v1.EnrollTotpResponse\"1\xaa\xd4\x18-\x18\x01*)\n\x04POST\x12\x1e/admin/v1/principal/mfa:enroll\x1a\x01*\x12\x90\x01\n\x0b\x43onfirmTotp\x12%.aiaas.identity.v1.ConfirmTotpRequest\x1a&.aiaas.identity.v1.ConfirmTotpResponse\"2\xaa\xd4\x18.\x18\x01**\n\x04POST\x12\x1f/admin/v1/principal/mfa:confirm\x1a\x01*\x12\x90\x01\n\x0b\x44isableTotp\x12%.aiaas.identity.v1.DisableTotpRequest\x1a&.aiaas.identity.v1.DisableTotpResponse\"2\xaa\xd4\x18.\x18\x01**\n\x04POST\x12\x1f/admin/v1/principal/mfa:disable\x1a\x01*\x12\xb7\x01\n\x17RegenerateRecoveryCodes\x12\x31.aiaas.identity.v1.RegenerateRecoveryCodesRequest\x1a\x32.aiaas.identity.v1.RegenerateRecoveryCodesResponse\"5\xaa\xd4\x18\x31\x18\x01*-\n\x04POST\x12\"/admin/v1/principal/mfa:regenerate\x1a\x01*\x12\xbf\x01\n\x0cResetUserMfa\x12&.aiaas.identity.v1.ResetUserMfaRequest\x1a\'.aiaas.identity.v1.ResetUserMfaResponse\"^\xaa\xd4\x18Z\n\tmfa.reset*M\n\x04POST\x12\x42/admin/v1/organizations/{organization_id}/users/{user_id}:resetMfa\x1a\x01*\x12\xcf\x01\n\x11GetMfaRequirement\x12+.aiaas.identity.v1.GetMfaRequirementRequest\x1a,.aiaas.identity.v1.GetMfaRequirementResponse\"_\x90\x02\x01\xaa\xd4\x18X\n\x14mfa_requirements.get*@\n\x03GET\x12\x39/admin/v1/organizations/{organization_id}/mfa-requirement\x12\xeb\x01\n\x14UpdateMfaRequirement\x12..aiaas.identity.v1.UpdateMfaRequirementRequest\x1a/.aiaas.identity.v1.UpdateMfaRequirementResponse\"r\xaa\xd4\x18n\n\x17mfa_requirements.update*S\n\x05PATCH\x12\x39/admin/v1/organizations/{organization_id}/mfa-requirement\x1a\x0fmfa_requirementb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,6 +36,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ENROLLTOTPREQUEST'].fields_by_name['password']._loaded_options = None
   _globals['_ENROLLTOTPREQUEST'].fields_by_name['password']._serialized_options = b'\200\001\001'
+  _globals['_ENROLLTOTPREQUEST'].fields_by_name['totp_code']._loaded_options = None
+  _globals['_ENROLLTOTPREQUEST'].fields_by_name['totp_code']._serialized_options = b'\200\001\001'
+  _globals['_ENROLLTOTPREQUEST'].fields_by_name['recovery_code']._loaded_options = None
+  _globals['_ENROLLTOTPREQUEST'].fields_by_name['recovery_code']._serialized_options = b'\200\001\001'
   _globals['_ENROLLTOTPRESPONSE'].fields_by_name['secret']._loaded_options = None
   _globals['_ENROLLTOTPRESPONSE'].fields_by_name['secret']._serialized_options = b'\200\001\001'
   _globals['_ENROLLTOTPRESPONSE'].fields_by_name['otpauth_uri']._loaded_options = None
@@ -79,33 +83,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETMFARESPONSE']._serialized_start=439
   _globals['_GETMFARESPONSE']._serialized_end=492
   _globals['_ENROLLTOTPREQUEST']._serialized_start=494
-  _globals['_ENROLLTOTPREQUEST']._serialized_end=536
-  _globals['_ENROLLTOTPRESPONSE']._serialized_start=538
-  _globals['_ENROLLTOTPRESPONSE']._serialized_end=654
-  _globals['_CONFIRMTOTPREQUEST']._serialized_start=656
-  _globals['_CONFIRMTOTPREQUEST']._serialized_end=700
-  _globals['_CONFIRMTOTPRESPONSE']._serialized_start=702
-  _globals['_CONFIRMTOTPRESPONSE']._serialized_end=789
-  _globals['_DISABLETOTPREQUEST']._serialized_start=791
-  _globals['_DISABLETOTPREQUEST']._serialized_end=900
-  _globals['_DISABLETOTPRESPONSE']._serialized_start=902
-  _globals['_DISABLETOTPRESPONSE']._serialized_end=960
-  _globals['_REGENERATERECOVERYCODESREQUEST']._serialized_start=962
-  _globals['_REGENERATERECOVERYCODESREQUEST']._serialized_end=1018
-  _globals['_REGENERATERECOVERYCODESRESPONSE']._serialized_start=1020
-  _globals['_REGENERATERECOVERYCODESRESPONSE']._serialized_end=1082
-  _globals['_RESETUSERMFAREQUEST']._serialized_start=1084
-  _globals['_RESETUSERMFAREQUEST']._serialized_end=1163
-  _globals['_RESETUSERMFARESPONSE']._serialized_start=1165
-  _globals['_RESETUSERMFARESPONSE']._serialized_end=1224
-  _globals['_GETMFAREQUIREMENTREQUEST']._serialized_start=1226
-  _globals['_GETMFAREQUIREMENTREQUEST']._serialized_end=1277
-  _globals['_GETMFAREQUIREMENTRESPONSE']._serialized_start=1279
-  _globals['_GETMFAREQUIREMENTRESPONSE']._serialized_end=1366
-  _globals['_UPDATEMFAREQUIREMENTREQUEST']._serialized_start=1369
-  _globals['_UPDATEMFAREQUIREMENTREQUEST']._serialized_end=1532
-  _globals['_UPDATEMFAREQUIREMENTRESPONSE']._serialized_start=1534
-  _globals['_UPDATEMFAREQUIREMENTRESPONSE']._serialized_end=1624
-  _globals['_MFASERVICE']._serialized_start=1627
-  _globals['_MFASERVICE']._serialized_end=3026
+  _globals['_ENROLLTOTPREQUEST']._serialized_end=602
+  _globals['_ENROLLTOTPRESPONSE']._serialized_start=604
+  _globals['_ENROLLTOTPRESPONSE']._serialized_end=720
+  _globals['_CONFIRMTOTPREQUEST']._serialized_start=722
+  _globals['_CONFIRMTOTPREQUEST']._serialized_end=766
+  _globals['_CONFIRMTOTPRESPONSE']._serialized_start=768
+  _globals['_CONFIRMTOTPRESPONSE']._serialized_end=855
+  _globals['_DISABLETOTPREQUEST']._serialized_start=857
+  _globals['_DISABLETOTPREQUEST']._serialized_end=966
+  _globals['_DISABLETOTPRESPONSE']._serialized_start=968
+  _globals['_DISABLETOTPRESPONSE']._serialized_end=1026
+  _globals['_REGENERATERECOVERYCODESREQUEST']._serialized_start=1028
+  _globals['_REGENERATERECOVERYCODESREQUEST']._serialized_end=1084
+  _globals['_REGENERATERECOVERYCODESRESPONSE']._serialized_start=1086
+  _globals['_REGENERATERECOVERYCODESRESPONSE']._serialized_end=1148
+  _globals['_RESETUSERMFAREQUEST']._serialized_start=1150
+  _globals['_RESETUSERMFAREQUEST']._serialized_end=1229
+  _globals['_RESETUSERMFARESPONSE']._serialized_start=1231
+  _globals['_RESETUSERMFARESPONSE']._serialized_end=1290
+  _globals['_GETMFAREQUIREMENTREQUEST']._serialized_start=1292
+  _globals['_GETMFAREQUIREMENTREQUEST']._serialized_end=1343
+  _globals['_GETMFAREQUIREMENTRESPONSE']._serialized_start=1345
+  _globals['_GETMFAREQUIREMENTRESPONSE']._serialized_end=1432
+  _globals['_UPDATEMFAREQUIREMENTREQUEST']._serialized_start=1435
+  _globals['_UPDATEMFAREQUIREMENTREQUEST']._serialized_end=1598
+  _globals['_UPDATEMFAREQUIREMENTRESPONSE']._serialized_start=1600
+  _globals['_UPDATEMFAREQUIREMENTRESPONSE']._serialized_end=1690
+  _globals['_MFASERVICE']._serialized_start=1693
+  _globals['_MFASERVICE']._serialized_end=3092
 # @@protoc_insertion_point(module_scope)

@@ -140,7 +140,9 @@ class VerifyRequestSignatureRequest(_message.Message):
     nonce: _builtins.str
     """The signed nonce; accepted once."""
     signature: _builtins.bytes
-    """HMAC-SHA-256 over all of it."""
+    """HMAC-SHA-256, with the bytes of the secret's text as key, over six lines that are joined by line feeds: "v1", the
+    timestamp, the nonce, the method, the raw path, and the body's SHA-256 in lower-case hex.
+    """
     def __init__(
         self,
         *,

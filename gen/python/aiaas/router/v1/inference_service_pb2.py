@@ -23,11 +23,12 @@ _sym_db = _symbol_database.Default()
 
 
 from aiaas.type.v1 import options_pb2 as aiaas_dot_type_dot_v1_dot_options__pb2
+from aiaas.type.v1 import request_signature_pb2 as aiaas_dot_type_dot_v1_dot_request__signature__pb2
 from aiaas.type.v1 import usage_event_pb2 as aiaas_dot_type_dot_v1_dot_usage__event__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'aiaas/router/v1/inference_service.proto\x12\x0f\x61iaas.router.v1\x1a\x1b\x61iaas/type/v1/options.proto\x1a\x1f\x61iaas/type/v1/usage_event.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"x\n\x0cInferRequest\x12)\n\x08\x65ndpoint\x18\x01 \x01(\x0e\x32\x17.aiaas.type.v1.Endpoint\x12\x0c\n\x04\x62ody\x18\x02 \x01(\x0c\x12\x17\n\x0fidempotency_key\x18\x03 \x01(\t\x12\x16\n\x0e\x63lient_address\x18\x04 \x01(\t\"\x7f\n\rInferResponse\x12*\n\x04head\x18\x01 \x01(\x0b\x32\x1a.aiaas.router.v1.InferHeadH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12*\n\x04tail\x18\x03 \x01(\x0b\x32\x1a.aiaas.router.v1.InferTailH\x00\x42\x06\n\x04part\"\xc2\x01\n\tInferHead\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0c\x63ontent_type\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x12\n\nbackend_id\x18\x04 \x01(\t\x12\x38\n\x07headers\x18\x05 \x03(\x0b\x32\'.aiaas.router.v1.InferHead.HeadersEntry\x1a.\n\x0cHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x8a\x01\n\tInferTail\x12(\n\x05usage\x18\x01 \x01(\x0b\x32\x19.aiaas.type.v1.TokenUsage\x12\x15\n\rfinish_reason\x18\x02 \x01(\t\x12\'\n\x07outcome\x18\x03 \x01(\x0e\x32\x16.aiaas.type.v1.Outcome\x12\x13\n\x0b\x63ost_micros\x18\x04 \x01(\x03\"9\n\nRelayBatch\x12+\n\x06\x66rames\x18\x01 \x03(\x0b\x32\x1b.aiaas.router.v1.RelayFrame\"\x8a\x03\n\nRelayFrame\x12\x14\n\x0cinference_id\x18\x01 \x01(\x04\x12*\n\x04open\x18\x02 \x01(\x0b\x32\x1a.aiaas.router.v1.RelayOpenH\x00\x12.\n\x06\x63redit\x18\x03 \x01(\x0b\x32\x1c.aiaas.router.v1.RelayCreditH\x00\x12.\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32\x1c.aiaas.router.v1.RelayCancelH\x00\x12*\n\x04head\x18\x05 \x01(\x0b\x32\x1a.aiaas.router.v1.InferHeadH\x00\x12\x0e\n\x04\x64\x61ta\x18\x06 \x01(\x0cH\x00\x12*\n\x04tail\x18\x07 \x01(\x0b\x32\x1a.aiaas.router.v1.InferTailH\x00\x12\x10\n\x06status\x18\x08 \x01(\x0cH\x00\x12,\n\x05\x64rain\x18\t \x01(\x0b\x32\x1b.aiaas.router.v1.RelayDrainH\x00\x12*\n\x04ping\x18\n \x01(\x0b\x32\x1a.aiaas.router.v1.RelayPingH\x00\x42\x06\n\x04kind\"\xa6\x01\n\tRelayOpen\x12.\n\x07request\x18\x01 \x01(\x0b\x32\x1d.aiaas.router.v1.InferRequest\x12\x12\n\ncredential\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x13\n\x0btraceparent\x18\x04 \x01(\t\x12\x16\n\x0etimeout_millis\x18\x05 \x01(\x03\x12\x14\n\x0c\x63redit_bytes\x18\x06 \x01(\x03\"\x1c\n\x0bRelayCredit\x12\r\n\x05\x62ytes\x18\x01 \x01(\x03\"\r\n\x0bRelayCancel\"\x0c\n\nRelayDrain\"\x0b\n\tRelayPing\"(\n\x17ListServedModelsRequest\x12\r\n\x05model\x18\x01 \x01(\t\"H\n\x18ListServedModelsResponse\x12,\n\x06models\x18\x01 \x03(\x0b\x32\x1c.aiaas.router.v1.ServedModel\"\\\n\x0bServedModel\x12\r\n\x05model\x18\x01 \x01(\t\x12/\n\x0b\x63reate_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05owner\x18\x03 \x01(\t2\xcd\x02\n\x10InferenceService\x12`\n\x05Infer\x12\x1d.aiaas.router.v1.InferRequest\x1a\x1e.aiaas.router.v1.InferResponse\"\x16\xaa\xd4\x18\x12\n\x10inference.create0\x01\x12M\n\x05Relay\x12\x1b.aiaas.router.v1.RelayBatch\x1a\x1b.aiaas.router.v1.RelayBatch\"\x06\xaa\xd4\x18\x02 \x01(\x01\x30\x01\x12\x87\x01\n\x10ListServedModels\x12(.aiaas.router.v1.ListServedModelsRequest\x1a).aiaas.router.v1.ListServedModelsResponse\"\x1e\x90\x02\x01\xaa\xd4\x18\x17\n\x15inference.list_modelsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'aiaas/router/v1/inference_service.proto\x12\x0f\x61iaas.router.v1\x1a\x1b\x61iaas/type/v1/options.proto\x1a%aiaas/type/v1/request_signature.proto\x1a\x1f\x61iaas/type/v1/usage_event.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"x\n\x0cInferRequest\x12)\n\x08\x65ndpoint\x18\x01 \x01(\x0e\x32\x17.aiaas.type.v1.Endpoint\x12\x0c\n\x04\x62ody\x18\x02 \x01(\x0c\x12\x17\n\x0fidempotency_key\x18\x03 \x01(\t\x12\x16\n\x0e\x63lient_address\x18\x04 \x01(\t\"\x7f\n\rInferResponse\x12*\n\x04head\x18\x01 \x01(\x0b\x32\x1a.aiaas.router.v1.InferHeadH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12*\n\x04tail\x18\x03 \x01(\x0b\x32\x1a.aiaas.router.v1.InferTailH\x00\x42\x06\n\x04part\"\xc2\x01\n\tInferHead\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0c\x63ontent_type\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x12\n\nbackend_id\x18\x04 \x01(\t\x12\x38\n\x07headers\x18\x05 \x03(\x0b\x32\'.aiaas.router.v1.InferHead.HeadersEntry\x1a.\n\x0cHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x8a\x01\n\tInferTail\x12(\n\x05usage\x18\x01 \x01(\x0b\x32\x19.aiaas.type.v1.TokenUsage\x12\x15\n\rfinish_reason\x18\x02 \x01(\t\x12\'\n\x07outcome\x18\x03 \x01(\x0e\x32\x16.aiaas.type.v1.Outcome\x12\x13\n\x0b\x63ost_micros\x18\x04 \x01(\x03\"9\n\nRelayBatch\x12+\n\x06\x66rames\x18\x01 \x03(\x0b\x32\x1b.aiaas.router.v1.RelayFrame\"\x8a\x03\n\nRelayFrame\x12\x14\n\x0cinference_id\x18\x01 \x01(\x04\x12*\n\x04open\x18\x02 \x01(\x0b\x32\x1a.aiaas.router.v1.RelayOpenH\x00\x12.\n\x06\x63redit\x18\x03 \x01(\x0b\x32\x1c.aiaas.router.v1.RelayCreditH\x00\x12.\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32\x1c.aiaas.router.v1.RelayCancelH\x00\x12*\n\x04head\x18\x05 \x01(\x0b\x32\x1a.aiaas.router.v1.InferHeadH\x00\x12\x0e\n\x04\x64\x61ta\x18\x06 \x01(\x0cH\x00\x12*\n\x04tail\x18\x07 \x01(\x0b\x32\x1a.aiaas.router.v1.InferTailH\x00\x12\x10\n\x06status\x18\x08 \x01(\x0cH\x00\x12,\n\x05\x64rain\x18\t \x01(\x0b\x32\x1b.aiaas.router.v1.RelayDrainH\x00\x12*\n\x04ping\x18\n \x01(\x0b\x32\x1a.aiaas.router.v1.RelayPingH\x00\x42\x06\n\x04kind\"\xda\x01\n\tRelayOpen\x12.\n\x07request\x18\x01 \x01(\x0b\x32\x1d.aiaas.router.v1.InferRequest\x12\x12\n\ncredential\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x13\n\x0btraceparent\x18\x04 \x01(\t\x12\x16\n\x0etimeout_millis\x18\x05 \x01(\x03\x12\x14\n\x0c\x63redit_bytes\x18\x06 \x01(\x03\x12\x32\n\tsignature\x18\x07 \x01(\x0b\x32\x1f.aiaas.type.v1.RequestSignature\"\x1c\n\x0bRelayCredit\x12\r\n\x05\x62ytes\x18\x01 \x01(\x03\"\r\n\x0bRelayCancel\"\x0c\n\nRelayDrain\"\x0b\n\tRelayPing\"(\n\x17ListServedModelsRequest\x12\r\n\x05model\x18\x01 \x01(\t\"H\n\x18ListServedModelsResponse\x12,\n\x06models\x18\x01 \x03(\x0b\x32\x1c.aiaas.router.v1.ServedModel\"\\\n\x0bServedModel\x12\r\n\x05model\x18\x01 \x01(\t\x12/\n\x0b\x63reate_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05owner\x18\x03 \x01(\t2\xcd\x02\n\x10InferenceService\x12`\n\x05Infer\x12\x1d.aiaas.router.v1.InferRequest\x1a\x1e.aiaas.router.v1.InferResponse\"\x16\xaa\xd4\x18\x12\n\x10inference.create0\x01\x12M\n\x05Relay\x12\x1b.aiaas.router.v1.RelayBatch\x1a\x1b.aiaas.router.v1.RelayBatch\"\x06\xaa\xd4\x18\x02 \x01(\x01\x30\x01\x12\x87\x01\n\x10ListServedModels\x12(.aiaas.router.v1.ListServedModelsRequest\x1a).aiaas.router.v1.ListServedModelsResponse\"\x1e\x90\x02\x01\xaa\xd4\x18\x17\n\x15inference.list_modelsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,36 +43,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INFERENCESERVICE'].methods_by_name['Relay']._serialized_options = b'\252\324\030\002 \001'
   _globals['_INFERENCESERVICE'].methods_by_name['ListServedModels']._loaded_options = None
   _globals['_INFERENCESERVICE'].methods_by_name['ListServedModels']._serialized_options = b'\220\002\001\252\324\030\027\n\025inference.list_models'
-  _globals['_INFERREQUEST']._serialized_start=155
-  _globals['_INFERREQUEST']._serialized_end=275
-  _globals['_INFERRESPONSE']._serialized_start=277
-  _globals['_INFERRESPONSE']._serialized_end=404
-  _globals['_INFERHEAD']._serialized_start=407
-  _globals['_INFERHEAD']._serialized_end=601
-  _globals['_INFERHEAD_HEADERSENTRY']._serialized_start=555
-  _globals['_INFERHEAD_HEADERSENTRY']._serialized_end=601
-  _globals['_INFERTAIL']._serialized_start=604
-  _globals['_INFERTAIL']._serialized_end=742
-  _globals['_RELAYBATCH']._serialized_start=744
-  _globals['_RELAYBATCH']._serialized_end=801
-  _globals['_RELAYFRAME']._serialized_start=804
-  _globals['_RELAYFRAME']._serialized_end=1198
-  _globals['_RELAYOPEN']._serialized_start=1201
-  _globals['_RELAYOPEN']._serialized_end=1367
-  _globals['_RELAYCREDIT']._serialized_start=1369
-  _globals['_RELAYCREDIT']._serialized_end=1397
-  _globals['_RELAYCANCEL']._serialized_start=1399
-  _globals['_RELAYCANCEL']._serialized_end=1412
-  _globals['_RELAYDRAIN']._serialized_start=1414
-  _globals['_RELAYDRAIN']._serialized_end=1426
-  _globals['_RELAYPING']._serialized_start=1428
-  _globals['_RELAYPING']._serialized_end=1439
-  _globals['_LISTSERVEDMODELSREQUEST']._serialized_start=1441
-  _globals['_LISTSERVEDMODELSREQUEST']._serialized_end=1481
-  _globals['_LISTSERVEDMODELSRESPONSE']._serialized_start=1483
-  _globals['_LISTSERVEDMODELSRESPONSE']._serialized_end=1555
-  _globals['_SERVEDMODEL']._serialized_start=1557
-  _globals['_SERVEDMODEL']._serialized_end=1649
-  _globals['_INFERENCESERVICE']._serialized_start=1652
-  _globals['_INFERENCESERVICE']._serialized_end=1985
+  _globals['_INFERREQUEST']._serialized_start=194
+  _globals['_INFERREQUEST']._serialized_end=314
+  _globals['_INFERRESPONSE']._serialized_start=316
+  _globals['_INFERRESPONSE']._serialized_end=443
+  _globals['_INFERHEAD']._serialized_start=446
+  _globals['_INFERHEAD']._serialized_end=640
+  _globals['_INFERHEAD_HEADERSENTRY']._serialized_start=594
+  _globals['_INFERHEAD_HEADERSENTRY']._serialized_end=640
+  _globals['_INFERTAIL']._serialized_start=643
+  _globals['_INFERTAIL']._serialized_end=781
+  _globals['_RELAYBATCH']._serialized_start=783
+  _globals['_RELAYBATCH']._serialized_end=840
+  _globals['_RELAYFRAME']._serialized_start=843
+  _globals['_RELAYFRAME']._serialized_end=1237
+  _globals['_RELAYOPEN']._serialized_start=1240
+  _globals['_RELAYOPEN']._serialized_end=1458
+  _globals['_RELAYCREDIT']._serialized_start=1460
+  _globals['_RELAYCREDIT']._serialized_end=1488
+  _globals['_RELAYCANCEL']._serialized_start=1490
+  _globals['_RELAYCANCEL']._serialized_end=1503
+  _globals['_RELAYDRAIN']._serialized_start=1505
+  _globals['_RELAYDRAIN']._serialized_end=1517
+  _globals['_RELAYPING']._serialized_start=1519
+  _globals['_RELAYPING']._serialized_end=1530
+  _globals['_LISTSERVEDMODELSREQUEST']._serialized_start=1532
+  _globals['_LISTSERVEDMODELSREQUEST']._serialized_end=1572
+  _globals['_LISTSERVEDMODELSRESPONSE']._serialized_start=1574
+  _globals['_LISTSERVEDMODELSRESPONSE']._serialized_end=1646
+  _globals['_SERVEDMODEL']._serialized_start=1648
+  _globals['_SERVEDMODEL']._serialized_end=1740
+  _globals['_INFERENCESERVICE']._serialized_start=1743
+  _globals['_INFERENCESERVICE']._serialized_end=2076
 # @@protoc_insertion_point(module_scope)

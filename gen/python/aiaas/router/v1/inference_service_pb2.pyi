@@ -3,6 +3,7 @@
 isort:skip_file
 Inference, and the registry of models, backends and prices that it chooses from."""
 
+from aiaas.type.v1 import request_signature_pb2 as _request_signature_pb2
 from aiaas.type.v1 import usage_event_pb2 as _usage_event_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
@@ -300,6 +301,7 @@ class RelayOpen(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     TIMEOUT_MILLIS_FIELD_NUMBER: _builtins.int
     CREDIT_BYTES_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
     credential: _builtins.str
     """The client's credential, without "Bearer"."""
     request_id: _builtins.str
@@ -314,6 +316,10 @@ class RelayOpen(_message.Message):
     def request(self) -> Global___InferRequest:
         """The request."""
 
+    @_builtins.property
+    def signature(self) -> _request_signature_pb2.RequestSignature:
+        """The client's signature, without the body's hash; absent where it did not sign."""
+
     def __init__(
         self,
         *,
@@ -323,10 +329,11 @@ class RelayOpen(_message.Message):
         traceparent: _builtins.str = ...,
         timeout_millis: _builtins.int = ...,
         credit_bytes: _builtins.int = ...,
+        signature: _request_signature_pb2.RequestSignature | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "signature", b"signature"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["credential", b"credential", "credit_bytes", b"credit_bytes", "request", b"request", "request_id", b"request_id", "timeout_millis", b"timeout_millis", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credential", b"credential", "credit_bytes", b"credit_bytes", "request", b"request", "request_id", b"request_id", "signature", b"signature", "timeout_millis", b"timeout_millis", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -68,6 +68,7 @@ class Principal(_message.Message):
     ORGANIZATION_LIMITS_FIELD_NUMBER: _builtins.int
     PRINCIPAL_LIMITS_FIELD_NUMBER: _builtins.int
     ALLOWED_NETWORKS_FIELD_NUMBER: _builtins.int
+    SIGNATURE_REQUIRED_FIELD_NUMBER: _builtins.int
     kind: Global___PrincipalKind.ValueType
     """The kind of actor."""
     principal_id: _builtins.str
@@ -82,6 +83,8 @@ class Principal(_message.Message):
     """The service account behind the credential, if there is one."""
     platform: _builtins.bool
     """Whether the principal may act on every organization (platform_admin)."""
+    signature_required: _builtins.bool
+    """Whether requests are accepted only with a right signature."""
     @_builtins.property
     def permissions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Every permission held, named resource.verb; an API key's are those of its owner within its scopes."""
@@ -122,10 +125,11 @@ class Principal(_message.Message):
         organization_limits: _limits_pb2.RateLimits | None = ...,
         principal_limits: _limits_pb2.RateLimits | None = ...,
         allowed_networks: _abc.Iterable[_builtins.str] | None = ...,
+        signature_required: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "organization_limits", b"organization_limits", "principal_limits", b"principal_limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed_models", b"allowed_models", "allowed_networks", b"allowed_networks", "api_key_id", b"api_key_id", "expire_time", b"expire_time", "kind", b"kind", "organization_id", b"organization_id", "organization_limits", b"organization_limits", "permissions", b"permissions", "platform", b"platform", "principal_id", b"principal_id", "principal_limits", b"principal_limits", "service_account_id", b"service_account_id", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed_models", b"allowed_models", "allowed_networks", b"allowed_networks", "api_key_id", b"api_key_id", "expire_time", b"expire_time", "kind", b"kind", "organization_id", b"organization_id", "organization_limits", b"organization_limits", "permissions", b"permissions", "platform", b"platform", "principal_id", b"principal_id", "principal_limits", b"principal_limits", "service_account_id", b"service_account_id", "signature_required", b"signature_required", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

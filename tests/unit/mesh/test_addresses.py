@@ -1,8 +1,8 @@
-"""Which addresses a webhook may have."""
+"""Which addresses of others may be called."""
 
 import pytest
 
-from analytics.webhook_addresses import is_public, wrong_with
+from mesh.addresses import is_public, wrong_with
 
 PRIVATE = [
     "127.0.0.1",

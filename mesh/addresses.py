@@ -1,6 +1,6 @@
-"""Which addresses a webhook may have, by what its URL says and by where that leads; it never connects.
+"""Which addresses of others the platform calls, by what a URL says and by where that leads; it never connects.
 
-A URL is judged when it is stored, for the sake of whoever writes it. What keeps senders out of private networks is the
+A URL is judged when it is stored, for the sake of whoever writes it. What keeps callers out of private networks is the
 judgement of each address at the moment of connecting to it: a name may lead elsewhere by then.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import socket
 from urllib.parse import urlsplit
 
 _URL = re.compile(r"[!-~]{1,2048}")
@@ -15,8 +16,12 @@ _URL = re.compile(r"[!-~]{1,2048}")
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
+class PrivateAddressError(OSError):
+    """The way leads into a private network."""
+
+
 def wrong_with(url: str, *, allow_private: bool) -> str | None:
-    """What is wrong with a URL as a rule that it breaks; None if it may be a webhook's.
+    """What is wrong with a URL as a rule that it breaks; None if it may be called.
 
     `allow_private` allows http and addresses in private networks.
     """
@@ -46,6 +51,15 @@ def is_public(address: str) -> bool:
         translated = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in _NAT64 else None
         ip = translated or ip.ipv4_mapped or ip.sixtofour or ip
     return ip.is_global and not ip.is_multicast
+
+
+def public_socket(address: tuple[int, int, int, str, tuple[object, ...]]) -> socket.socket:
+    """The socket for an address that is about to be connected to, an aiohttp connector's `socket_factory`. Raises
+    PrivateAddressError if it is not public."""
+    family, kind, protocol, _, place = address
+    if not is_public(str(place[0]).partition("%")[0]):
+        raise PrivateAddressError("the address is not public")
+    return socket.socket(family, kind, protocol)
 
 
 def _is_private_name(host: str) -> bool:
