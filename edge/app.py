@@ -12,6 +12,7 @@ from prometheus_client import Counter, Histogram
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from edge import oauth
 from edge.access_log import AccessLog
 from edge.exchange import ClientGoneError, Exchange, Headers, Limits
 from edge.openai import errors as openai_errors
@@ -63,6 +64,7 @@ def build_app(
             Route("/scim/v2/ResourceTypes", AboutEndpoint("ResourceTypes")),
             *(Route(f"/scim/v2/{path}", ListEndpoint(path, peers["identity"])) for path in KINDS),
             *(Route(f"/scim/v2/{path}/{{id}}", ResourceEndpoint(path, peers["identity"])) for path in KINDS),
+            *(Route(path, endpoint) for path, endpoint in oauth.endpoints(peers["identity"]).items()),
             Route("/health", HealthEndpoint()),
             Route("/ready", ReadyEndpoint(peers)),
             Route("/metrics", MetricsEndpoint()),
@@ -158,6 +160,9 @@ async def _answer(exchange: Exchange, error: BaseException) -> None:
     status = known.entry.http
     if is_scim:
         in_shape, status = scim_errors.error_body, scim_errors.status_of(known)
+    elif oauth.is_for(exchange.scope):
+        in_shape = oauth.error_body
+        headers += oauth.NO_STORE
     try:
         await exchange.respond(status, headers, in_shape(known))
     except ClientGoneError:

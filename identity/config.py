@@ -27,8 +27,13 @@ class IdentityConfig:
     secret_key: Annotated[str, msgspec.Meta(pattern=KEY_PATTERN)] = setting(
         "AIAAS_IDENTITY_SECRET_KEY",
         "base64 of 32 random bytes, by which secrets that must be read again are encrypted; with another one MFA has to"
-        " be reset, and signing secrets and issuers' secrets have to be set anew",
+        " be reset, signing secrets and issuers' secrets have to be set anew, and the signing key has to be rotated",
         secret=True,
+    )
+    public_url: Annotated[str, msgspec.Meta(pattern=r"^https?://[^/?#\s]+$")] = setting(
+        "AIAAS_IDENTITY_PUBLIC_URL",
+        "https://host of the edge as clients see it: the issuer of tokens, and where OAuth2 is served",
+        default="http://127.0.0.1:8080",
     )
     grpc_address: str = setting(
         "AIAAS_IDENTITY_GRPC_ADDRESS", "host:port or unix:path of the gRPC server", default="127.0.0.1:27001"

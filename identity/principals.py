@@ -15,7 +15,7 @@ from identity import roles
 from identity.api_keys import ApiKey
 from identity.organizations import OrganizationState
 from mesh import context, tokens
-from mesh.auth import Principal, RateLimits
+from mesh.auth import Authenticator, Principal, RateLimits
 from mesh.clock import Clock
 from mesh.errors import PlatformError, Reason
 
@@ -69,18 +69,21 @@ class Credential:
 
 
 class Principals:
-    """Turns API keys into principals; the mesh's Authenticator, answered out of the database."""
+    """Turns credentials into principals; the mesh's Authenticator, answered out of the database."""
 
-    def __init__(self, store: Store, clock: Clock, last_uses: LastUses) -> None:
+    def __init__(self, store: Store, clock: Clock, last_uses: LastUses, access_tokens: Authenticator) -> None:
         self._store = store
         self._clock = clock
         self._last_uses = last_uses
+        self._access_tokens = access_tokens
 
     async def authenticate(self, credential: str) -> Principal:
-        """The principal behind an API key.
+        """The principal behind an API key or an access token.
 
         Raises PlatformError: API_KEY_INVALID, AUTH_UNAVAILABLE when the database is away.
         """
+        if credential.startswith(tokens.ACCESS_TOKEN.prefix):
+            return await self._access_tokens.authenticate(credential)
         parsed = tokens.API_KEY.parse(credential)
         try:
             found = await self._store.credential(parsed.id)
@@ -105,6 +108,18 @@ def caller() -> Principal:
     principal = context.principal.get()
     if principal is None:
         raise PlatformError(Reason.MISSING_CREDENTIALS)
+    return principal
+
+
+def signed_in() -> Principal:
+    """The person who makes the call that is being served, signed in and in person.
+
+    A program with an access token is of the same kind, and yet must not decide what programs may do. Raises
+    PlatformError: MISSING_CREDENTIALS, PERMISSION_DENIED for whoever presented anything but a session.
+    """
+    principal = caller()
+    if principal.kind != "user" or not context.credential.get().startswith(tokens.SESSION.prefix):
+        raise PlatformError(Reason.PERMISSION_DENIED, description="Only somebody who is signed in may do this.")
     return principal
 
 

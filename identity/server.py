@@ -16,6 +16,8 @@ from aiaas.identity.v1 import (
     budget_service_pb2_grpc,
     configuration_service_pb2,
     configuration_service_pb2_grpc,
+    oauth_service_pb2,
+    oauth_service_pb2_grpc,
     organization_service_pb2,
     organization_service_pb2_grpc,
     request_signing_service_pb2,
@@ -48,8 +50,13 @@ from identity.configurations import Configurations
 from identity.custom_roles import Roles
 from identity.event_outbox import EventOutbox
 from identity.last_uses import LastUses
-from identity.organization_service import OrganizationService
+from identity.oauth_authorizations import OauthAuthorizations
+from identity.oauth_clients import OauthClients
+from identity.oauth_grants import OauthGrants
+from identity.oauth_service import OauthService
+from identity.oauth_tokens import OauthTokens
 from identity.organization_purges import OrganizationPurges
+from identity.organization_service import OrganizationService
 from identity.organizations import Organizations
 from identity.principals import Principals
 from identity.request_signing import RequestSigning
@@ -63,6 +70,7 @@ from identity.scim_service import ScimService
 from identity.scim_users import ScimUsers
 from identity.service_account_service import ServiceAccountService
 from identity.service_accounts import ServiceAccounts
+from identity.signing_keys import SigningKeys
 from identity.stores import Store, open_database
 from identity.user_service import UserService
 from identity.users import Users
@@ -148,7 +156,17 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
             audit = Audit(store, clock, audit_keys)
             last_uses = LastUses(store)
             # Its own principals are asked of the domain at each call: nothing here may be older than the database.
-            principals = Principals(store, clock, last_uses)
+            keys = SigningKeys(store, clock, seal)
+            oauth_tokens = OauthTokens(store, clock, keys, config.public_url)
+            principals = Principals(store, clock, last_uses, oauth_tokens)
+            oauth = OauthService(
+                OauthClients(store, clock),
+                OauthGrants(store, clock),
+                OauthAuthorizations(store, clock, principals, seal, config.public_url),
+                oauth_tokens,
+                keys,
+                config.public_url,
+            )
             overrides = BudgetOverrides(store, clock)
             changes = BudgetChanges(store)
             feed = RevocationFeed(store)
@@ -179,6 +197,11 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
                         request_signing_service_pb2_grpc.add_RequestSigningServiceServicer_to_server,
                         RequestSigningService(signing),
                     ),
+                    (
+                        oauth_service_pb2.DESCRIPTOR.services_by_name["OauthService"],
+                        oauth_service_pb2_grpc.add_OauthServiceServicer_to_server,
+                        oauth,
+                    ),
                 ],
                 chain(
                     principals,
@@ -197,7 +220,7 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
                 await ops_server.start()
                 for run in (
                     *(last_uses.run, overrides.run, leases.run, changes.run, outbox.run, directory.run),
-                    *(audit.run, feed.run, purges.run),
+                    *(audit.run, feed.run, purges.run, oauth_tokens.run),
                 ):
                     tasks.create_task(run(ended))
                 await stop.wait()

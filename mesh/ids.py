@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from datetime import UTC, datetime
 from random import Random, getrandbits
 
 from mesh.clock import Clock, SystemClock
@@ -46,3 +47,11 @@ def base62(number: int, length: int) -> str:
         pairs.append(_PAIRS[pair])
     pairs.reverse()
     return "".join(pairs)[-length:]
+
+
+def made_at(made_id: str) -> datetime:
+    """When an id of `new_id` was made, to the millisecond, in UTC. Raises ValueError for any other text."""
+    number = 0
+    for character in made_id.rpartition("_")[2]:
+        number = number * len(ALPHABET) + ALPHABET.index(character)
+    return datetime.fromtimestamp((number >> _RANDOM_BITS) / 1000, UTC)

@@ -203,6 +203,7 @@ class _Composition:
         if service == "identity":
             own["AIAAS_IDENTITY_AUDIT_KEY"] = self.state.key("identity-audit")
             own["AIAAS_IDENTITY_SECRET_KEY"] = self.state.key("identity")
+            own["AIAAS_IDENTITY_PUBLIC_URL"] = f"http://{HOST}:{self.port}"
         if service == "router":
             own["AIAAS_ROUTER_JOURNAL_PATH"] = str(self.state.folder("router") / "journal")
         if service == "analytics":

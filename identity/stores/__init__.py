@@ -1,7 +1,7 @@
 """All of identity's SQL: one module a table, one transaction for all of them; it never decides what is allowed.
 
-Every query that serves people names the organization, but for the two that find out which one it is: a user by its
-address, and an API key by its id. Routers' leases are found by their router.
+Every query that serves people names the organization, but for those that find out which one it is: a user by its
+address, an API key by its id, OAuth2's clients, codes and tokens by theirs. Routers' leases are found by their router.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from identity import attempts
 from identity.audit_chain import AuditEntry, AuditKeys
+from identity.oauth_tokens import StoredToken
 from identity.principals import Credential
 from identity.revocations import Revocation, Subject
 from identity.stores.api_keys import ApiKeyRows
@@ -26,12 +27,16 @@ from identity.stores.credentials import HolderRows, find_credential
 from identity.stores.invites import InviteRows
 from identity.stores.issuers import IssuerRows, IssuerSignInRows, IssuerUserRows
 from identity.stores.mfa import EnrollmentRows, MfaRequirementRows, RecoveryCodeRows, TotpRows
+from identity.stores.oauth_clients import OauthClientRows
+from identity.stores.oauth_grants import OauthAuthorizationRows, OauthGrantRows
+from identity.stores.oauth_tokens import OauthTokenRows, find_token
 from identity.stores.organizations import OrganizationRows
 from identity.stores.revocations import RevocationRows
 from identity.stores.roles import RoleRows
 from identity.stores.rows import Connection
 from identity.stores.scim import ScimGroupRows, ScimSettingsRows, ScimUserRows
 from identity.stores.service_accounts import ServiceAccountRows
+from identity.stores.signing_keys import SigningKeyRows
 from identity.stores.signing_secrets import SigningSecretRows
 from identity.stores.unpublished_events import UnpublishedEventRows
 from identity.stores.users import UserRows
@@ -80,6 +85,11 @@ class Transaction:
         self.scim_settings = ScimSettingsRows(connection)
         self.scim_users = ScimUserRows(connection)
         self.scim_groups = ScimGroupRows(connection)
+        self.oauth_clients = OauthClientRows(connection)
+        self.oauth_grants = OauthGrantRows(connection)
+        self.oauth_authorizations = OauthAuthorizationRows(connection)
+        self.oauth_tokens = OauthTokenRows(connection)
+        self.signing_keys = SigningKeyRows(connection)
         self.invites = InviteRows(connection)
         self.revocations = RevocationRows(connection)
 
@@ -146,6 +156,10 @@ class Store:
     async def credential(self, api_key_id: str) -> Credential | None:
         """All that decides on an API key, in one query."""
         return await find_credential(self._database, api_key_id)
+
+    async def oauth_token(self, oauth_token_id: str) -> StoredToken | None:
+        """All that decides on an OAuth2 token, in one query."""
+        return await find_token(self._database, oauth_token_id)
 
 
 class _Held:

@@ -11,7 +11,7 @@ from identity.stores.rows import Connection, Row, limits_from_json
 from mesh.database import Database
 
 # Who holds what: service accounts that are there, and members; with what their custom roles grant together.
-_HOLDERS = """
+HOLDERS = """
     SELECT service_account_id, NULL AS user_id, role_ids, NOT disabled AS acting
     FROM service_accounts WHERE organization_id = {organization} AND service_account_id = {service_account}
         AND delete_time IS NULL
@@ -19,12 +19,12 @@ _HOLDERS = """
     SELECT NULL, m.user_id, m.role_ids, u.state = 'active'
     FROM memberships m JOIN users u USING (user_id) WHERE m.organization_id = {organization} AND m.user_id = {user}
 """
-_CUSTOM = """
+CUSTOM = """
     SELECT array_agg(DISTINCT permission) AS custom_permissions FROM roles r, unnest(r.permissions) AS permission
     WHERE r.organization_id = {organization} AND r.role_id = ANY (h.role_ids)
 """
 _FIND_HOLDER = (
-    f"SELECT h.role_ids, h.acting, c.custom_permissions FROM ({_HOLDERS}) h CROSS JOIN LATERAL ({_CUSTOM}) c"
+    f"SELECT h.role_ids, h.acting, c.custom_permissions FROM ({HOLDERS}) h CROSS JOIN LATERAL ({CUSTOM}) c"
 ).format(organization="$1", service_account="$2", user="$3")
 _OF_KEY = {"organization": "k.organization_id", "service_account": "k.service_account_id", "user": "k.user_id"}
 _FIND_CREDENTIAL = (
@@ -32,7 +32,7 @@ _FIND_CREDENTIAL = (
     " h.role_ids, h.acting, c.custom_permissions, s.api_key_id IS NOT NULL AS signature_required"
     " FROM api_keys k JOIN organizations o USING (organization_id)"
     " LEFT JOIN signing_secrets s ON s.api_key_id = k.api_key_id"
-    f" LEFT JOIN LATERAL ({_HOLDERS}) h ON true LEFT JOIN LATERAL ({_CUSTOM}) c ON true WHERE k.api_key_id = $1"
+    f" LEFT JOIN LATERAL ({HOLDERS}) h ON true LEFT JOIN LATERAL ({CUSTOM}) c ON true WHERE k.api_key_id = $1"
 ).format(**_OF_KEY)
 
 
@@ -47,7 +47,7 @@ class HolderRows:
         row = await self._connection.fetchrow(
             _FIND_HOLDER, organization_id, service_account_id or None, user_id or None
         )
-        return None if row is None else _holder_of(row)
+        return None if row is None else holder_of(row)
 
 
 async def find_credential(database: Database, api_key_id: str) -> Credential | None:
@@ -64,11 +64,12 @@ async def find_credential(database: Database, api_key_id: str) -> Credential | N
         organization_state=OrganizationState(row["state"]),
         organization_limits=limits_from_json(row["organization_limits"]),
         organization_models=tuple(row["organization_models"]),
-        holder=None if row["role_ids"] is None else _holder_of(row),
+        holder=None if row["role_ids"] is None else holder_of(row),
     )
 
 
-def _holder_of(row: Row) -> Holder:
+def holder_of(row: Row) -> Holder:
+    """The holder in a row of these queries."""
     return Holder(
         role_ids=tuple(row["role_ids"]),
         custom_permissions=frozenset(row["custom_permissions"] or ()),

@@ -77,7 +77,8 @@ class OrganizationRows:
         """Store what changed of an organization that is there; gives it with its new revision."""
         row = await self._connection.fetchrow(
             "UPDATE organizations SET display_name = $2, state = $3, rate_limits = $4, allowed_models = $5,"
-            f" update_time = $6, purge_time = $7, revision = revision + 1 WHERE organization_id = $1 RETURNING {_COLUMNS}",
+            " update_time = $6, purge_time = $7, revision = revision + 1 WHERE organization_id = $1"
+            f" RETURNING {_COLUMNS}",
             organization.organization_id,
             organization.display_name,
             organization.state.value,

@@ -41,6 +41,7 @@ T = TypeVar("T")
 NO_BROKER = "amqp://127.0.0.1:1/"
 AUDIT_KEY = base64.b64encode(bytes(range(32))).decode()
 SECRET_KEY = base64.b64encode(bytes(range(1, 33))).decode()
+PUBLIC_URL = "https://platform.example"
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,12 @@ async def running_identity(
     amqp_url: str = NO_BROKER,
     drain_s: float = 1.0,
     configuration_path: str = "",
+    restarted: bool = False,
 ) -> AsyncIterator[Identity]:
-    """identity on a unix socket over a migrated database, bootstrapped. Without a broker its events wait."""
+    """identity on a unix socket over a migrated database, bootstrapped. Without a broker its events wait.
+
+    One that is `restarted` over the same database has a new key for its administrator.
+    """
     socket = f"unix:{folder}/identity.sock"
     config = IdentityConfig(
         grpc_address=socket,
@@ -152,6 +157,7 @@ async def running_identity(
         amqp_url=amqp_url,
         audit_keys=AUDIT_KEY,
         secret_key=SECRET_KEY,
+        public_url=PUBLIC_URL,
         redis_url=redis_url,
         drain_s=drain_s,
         configuration_path=configuration_path,
@@ -160,7 +166,7 @@ async def running_identity(
     async with asyncio.TaskGroup() as tasks:
         server = tasks.create_task(serve(config, stop))
         try:
-            platform = await bootstrapped(database_url)
+            platform = await bootstrapped(database_url, rotate=restarted)
             async with grpc.aio.insecure_channel(socket) as channel, asyncio.timeout(10):
                 await channel.channel_ready()
                 assert not server.done()

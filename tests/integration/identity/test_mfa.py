@@ -149,7 +149,9 @@ async def test_secret_counts_once_a_code_of_it_confirms_it(ann: Person) -> None:
     assert not (await ann.state()).totp_enabled
     made = await ann.call("EnrollTotp", pb.EnrollTotpRequest(password=PASSWORD))
     ann.secret = made.secret
-    assert vars(pyotp.parse_uri(made.otpauth_uri)) == vars(pyotp.TOTP(made.secret, name="ann@example.com", issuer="aiaas"))
+    assert vars(pyotp.parse_uri(made.otpauth_uri)) == vars(
+        pyotp.TOTP(made.secret, name="ann@example.com", issuer="aiaas")
+    )
     assert await ann.methods() == ()
     assert not await ann.accepted(totp_code=ann.code())
     wrong = f"{(int(ann.code()) + 1) % 1_000_000:06}"

@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import sys
+from importlib import resources
 from pathlib import Path
 from urllib.parse import urlsplit
 

@@ -12,7 +12,7 @@ from identity.last_uses import LastUses
 from identity.principals import Principals
 from identity.roles import ALL_PERMISSIONS
 from identity.stores import Store, open_database
-from mesh.auth import Principal
+from mesh.auth import Principal, RemoteAuthenticator
 from mesh.clock import SystemClock
 from mesh.errors import PlatformError, Reason
 from tests.doubles.clock import ManualClock
@@ -70,7 +70,10 @@ async def test_old_text_ends_with_the_overlap_or_with_the_key(
     identity: Identity, organization_id: str, store: Store
 ) -> None:
     clock = ManualClock(SystemClock().now())
-    keys, principals = ApiKeys(store, clock), Principals(store, clock, LastUses(store))
+    keys, principals = (
+        ApiKeys(store, clock),
+        Principals(store, clock, LastUses(store), RemoteAuthenticator(identity.auth)),
+    )
     made = await identity.key(organization_id)
     _, text = await keys.rotate(ADMIN, organization_id, made.api_key.api_key_id, timedelta(minutes=10))
     clock.advance(599)

@@ -1,8 +1,11 @@
 """Ids: their form, their order, their randomness."""
 
+from datetime import UTC, datetime
 from random import Random
 
-from mesh.ids import ALPHABET, base62, new_id, new_request_id
+import pytest
+
+from mesh.ids import ALPHABET, base62, made_at, new_id, new_request_id
 from tests.doubles.clock import ManualClock
 
 
@@ -37,3 +40,10 @@ def test_base62_is_padded_and_ordered() -> None:
     assert base62(61, 3) == "00z"
     assert base62(62**3 - 1, 3) == "zzz"
     assert base62(2**128 - 1, 22) <= "z" * 22
+
+
+def test_id_says_when_it_was_made() -> None:
+    clock = ManualClock(datetime(2026, 1, 2, 3, 4, 5, 678_000, tzinfo=UTC))
+    assert made_at(new_id("session", clock=clock)) == clock.now()
+    with pytest.raises(ValueError, match="substring"):
+        made_at("session_!")
