@@ -31,7 +31,11 @@ _AWAY = (
 
 class Database:
     """One database. Everything raises PlatformError(UNAVAILABLE) while PostgreSQL is away; what it says about a
-    statement (a broken constraint, say) arrives as asyncpg's own exception."""
+    statement (a broken constraint, say) arrives as asyncpg's own exception.
+
+    A statement must leave nothing on its connection that outlives its transaction: no SET, LISTEN or advisory lock of a
+    session, since the next user has the connection as it is.
+    """
 
     def __init__(
         self,
@@ -122,8 +126,14 @@ class Database:
                         command_timeout=self._command_timeout_s,
                         timeout=_ACQUIRE_TIMEOUT_S,
                         server_settings=self._settings,
+                        reset=_leave_as_it_is,
                     )
         return self._pool
+
+
+async def _leave_as_it_is(_: asyncpg.Connection) -> None:
+    """asyncpg has rolled back by then, and nothing that outlives a transaction may be done on a connection; asking
+    PostgreSQL to forget it all the same would double the round trips of a query."""
 
 
 def _is_lost(connection: Connection) -> bool:

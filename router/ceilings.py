@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
-from aiaas.identity.v1.budget_service_pb2 import BudgetUnit
+from aiaas.identity.v1.budget_service_pb2 import BUDGET_UNIT_COST, BUDGET_UNIT_TOKENS
 from router.prices import Price, ceiling_cost_micros
 
 PREAMBLE_TOKENS = 512
@@ -40,9 +40,9 @@ class Ceiling(msgspec.Struct, frozen=True):
 
     def amount(self, unit: int) -> int:
         """The most that a budget of this unit can be charged."""
-        if unit == BudgetUnit.BUDGET_UNIT_COST:
+        if unit == BUDGET_UNIT_COST:
             return ceiling_cost_micros(self.price, self.prompt_tokens, self.all_completion_tokens)
-        if unit == BudgetUnit.BUDGET_UNIT_TOKENS:
+        if unit == BUDGET_UNIT_TOKENS:
             return self.prompt_tokens + self.all_completion_tokens
         return 1
 
@@ -50,11 +50,11 @@ class Ceiling(msgspec.Struct, frozen=True):
         """The ceiling of the longest answer for which `amount` of this unit is enough; None if none is worth giving."""
         if self.amount(unit) <= amount:
             return self
-        if unit == BudgetUnit.BUDGET_UNIT_COST:
+        if unit == BUDGET_UNIT_COST:
             prompt = max(self.price.prompt_micros_per_million, self.price.cached_prompt_micros_per_million)
             left = amount * _MICROS - self.prompt_tokens * prompt
             tokens = left // self.price.completion_micros_per_million if self.price.completion_micros_per_million else 0
-        elif unit == BudgetUnit.BUDGET_UNIT_TOKENS:
+        elif unit == BUDGET_UNIT_TOKENS:
             tokens = amount - self.prompt_tokens
         else:
             return None

@@ -258,7 +258,14 @@ class Account:
         """Whether to ask for more before it is needed: few requests such as the last fit in what is left."""
         if self.is_scarce or self.refilling:
             return False
-        return sum(lease.free for lease in self.leases if lease.admits(now)) < max(AHEAD * amount, self._taken) // 4
+        enough = max(AHEAD * amount, self._taken) // 4
+        # The newest has the most; the look at the others is rarely needed, and each request has this one.
+        for lease in reversed(self.leases):
+            if enough <= 0:
+                break
+            if lease.admits(now):
+                enough -= lease.free
+        return enough > 0
 
     def share_out(self, now: float) -> dict[str, int]:
         """How much of each lease to keep, by its id, as a second has passed: what the last one took, and some."""

@@ -24,6 +24,7 @@ import aiohttp
 
 from tests.load.native import FakeEngine, Load, LoadError, Measurement, chat_body, fake_engine, run_load
 from tests.load.targets import LOAD_CORE, ONE_PROCESS, TWO_PROCESSES, Platform, Target, running_platform, take_core
+from tests.load.verdict import Verdict
 
 DURATION_S = 600
 STREAMS = 1000
@@ -97,19 +98,6 @@ def watching(target: Target, after_s: float) -> Iterator[dict[str, Watch]]:
     finally:
         over.set()
         thread.join()
-
-
-@dataclass
-class Verdict:
-    """The lines of the table, and whether all are met."""
-
-    met: bool = True
-
-    def line(self, what: str, found: str, met: bool | None = None) -> None:
-        """Prints one line; without `met` it only informs."""
-        verdict = {True: "met", False: "**missed**", None: ""}[met]
-        print(f"| {what} | {found} | {verdict} |", flush=True)
-        self.met = self.met and met is not False
 
 
 def streams(target: Target, connections: int, slow: int, window_s: float) -> Measurement:
