@@ -10,6 +10,8 @@ import os
 import sys
 from dataclasses import asdict
 
+from identity.audit import Audit
+from identity.audit_chain import PLATFORM_CHAIN, AuditKeys
 from identity.bootstrap import Bootstrapped, bootstrap
 from identity.config import IdentityConfig
 from identity.revocations import announcer
@@ -27,7 +29,10 @@ async def _bootstrap(config: IdentityConfig, display_name: str, rotate: bool) ->
     database = open_database(config.database_url)
     try:
         async with announcer(config.redis_url, clock) as revocations:
-            return await bootstrap(Store(database, revocations.announce), clock, display_name, rotate=rotate)
+            keys = AuditKeys(config.audit_keys)
+            store = Store(database, revocations.announce, keys)
+            async with Audit(store, clock, keys).own("bootstrap", PLATFORM_CHAIN):
+                return await bootstrap(store, clock, display_name, rotate=rotate)
     finally:
         await database.close()
 

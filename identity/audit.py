@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 from identity import attempts
+from identity.attempts import Attempt, AttemptBounds
 from identity.audit_chain import (
     NO_HASH,
     AuditCheckpoint,
@@ -21,7 +23,7 @@ from identity.audit_chain import (
 )
 from identity.fields import invalid, is_id
 from mesh.clock import Clock
-from mesh.errors import PlatformError, Reason
+from mesh.errors import PlatformError, Reason, as_platform_error
 from mesh.ids import new_id
 
 if TYPE_CHECKING:
@@ -29,8 +31,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+KEPT = timedelta(days=400)
+"""So long entries are kept; 0005_audit.sql says the same to the database."""
+
 _CHECKPOINT_INTERVAL_S = 60.0
 _BATCH = 500
+_FORGOTTEN_AT_ONCE = 10_000
 _TEXT_LENGTH = 1000
 
 
@@ -72,6 +78,35 @@ class Audit:
         with attempts.apart():
             async with self._store.transaction(across=True) as stored:
                 await stored.audit.append(entry, self._keys)
+
+    @asynccontextmanager
+    async def own(self, doing: str, organization_id: str) -> AsyncIterator[None]:
+        """Within the block the platform does something by itself: each transaction that changes anything has an entry
+        in the organization's chain, with `doing` as its method and nobody as its principal."""
+
+        def describe(entry_id: str, outcome: AuditOutcome, reason: str, _: None) -> AuditEntry:
+            return AuditEntry(
+                audit_entry_id=entry_id,
+                organization_id=organization_id,
+                event_time=self._clock.now(),
+                method=doing,
+                outcome=outcome,
+                resource_type="organization",
+                resource_id=organization_id,
+                reason=reason,
+            )
+
+        attempt: Attempt[None] = Attempt(describe, self, AttemptBounds(self._clock), mutates=False)
+        token = attempts.current.set(attempt)
+        try:
+            yield
+            await attempt.settle()
+        except BaseException as error:
+            reason = as_platform_error(error).reason if isinstance(error, Exception) else Reason.CANCELLED
+            await attempt.fail(reason, doing)
+            raise
+        finally:
+            attempts.current.reset(token)
 
     async def take_in(self, entries: Sequence[AuditEntry]) -> None:
         """Store what other services recorded, all or nothing; what is there already changes nothing.
@@ -119,7 +154,8 @@ class Audit:
     async def verify(self, organization_id: str, after: int) -> Verification:
         """Recompute the chain from the entry after the place `after` on, and hold it against its checkpoints.
 
-        The hash of the entry at `after` is taken as it is. Raises PlatformError(INVALID_ARGUMENT).
+        The hash of the entry before the first one that is looked at is taken as it is. Raises
+        PlatformError(INVALID_ARGUMENT).
         """
         if after < 0:
             raise invalid("after_sequence", "must not be negative")
@@ -127,12 +163,16 @@ class Audit:
             # Checkpoints first: each of them was made over an entry that is there by now.
             checkpoints = await stored.audit.checkpoints_after(organization_id, after)
             end = await stored.audit.end(organization_id)
-            first = await stored.audit.at(organization_id, after) if after else None
+            before = await stored.audit.at(organization_id, after) if after else None
+            oldest = await stored.audit.first(organization_id)
         if after > max(end.sequence, end.last_sequence):
             raise invalid("after_sequence", "is beyond the end of the chain")
-        if after and first is None:
+        begin_hash = before.hash if before else NO_HASH
+        if before is None and oldest is not None and after < oldest.sequence and self._is_old(oldest, checkpoints):
+            after, begin_hash = oldest.sequence - 1, oldest.previous_hash
+        elif before is None and after:
             return Verification(0, 0, Flaw(after, "It is missing."))
-        walk = ChainWalk(self._keys, checkpoints, after, first.hash if first else NO_HASH)
+        walk = ChainWalk(self._keys, checkpoints, after, begin_hash)
         flaw = None
         while flaw is None and walk.sequence < end.last_sequence:
             async with self._store.transaction() as stored:
@@ -169,7 +209,8 @@ class Audit:
         return found[0]
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Sign every chain that has grown, once a minute, until `stop` is set. Any number of processes may do so."""
+        """Sign every chain that has grown and remove what is kept no longer, once a minute, until `stop` is set. Any
+        number of processes may do so."""
         while not stop.is_set():
             try:
                 async with asyncio.timeout(_CHECKPOINT_INTERVAL_S):
@@ -178,6 +219,7 @@ class Audit:
                 pass
             try:
                 await self.sign_all()
+                await self.forget_old()
             except PlatformError as error:
                 logger.warning("checkpoints were not made: %s", error.reason.value)
             except Exception:
@@ -193,6 +235,25 @@ class Audit:
                     await self._sign_end(stored, organization_id)
             if len(grown) < _BATCH:
                 return
+
+    async def forget_old(self) -> None:
+        """Remove entries that are older than 400 days; each chain begins with one that a checkpoint was signed over.
+
+        Raises PlatformError(UNAVAILABLE).
+        """
+        forgotten = True
+        while forgotten:
+            async with self._store.transaction() as stored:
+                forgotten = await stored.audit.forget_old(_FORGOTTEN_AT_ONCE) > 0
+
+    def _is_old(self, entry: AuditEntry, checkpoints: Sequence[AuditCheckpoint]) -> bool:
+        """Whether a chain may begin with the entry, since what was before it is kept no longer."""
+        return any(
+            checkpoint.sequence == entry.sequence
+            and checkpoint.create_time < self._clock.now() - KEPT
+            and self._keys.has_signed_checkpoint(checkpoint)
+            for checkpoint in checkpoints
+        )
 
     async def _sign_end(self, stored: Transaction, organization_id: str) -> AuditCheckpoint | None:
         end = await stored.audit.lock_uncovered_end(organization_id)

@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from identity import fields
+from identity.audit import Audit
 from identity.configuration_documents import DOCUMENT_BYTES
 from identity.configurations import Configuration, Configurations, Plan, Source
 from mesh.errors import PlatformError, Reason
@@ -29,8 +30,9 @@ _COMMIT = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
 class ConfigurationDirectory:
     """The documents of all organizations: `<organization id>.yaml`; without a path there are none."""
 
-    def __init__(self, configurations: Configurations, path: str) -> None:
+    def __init__(self, configurations: Configurations, audit: Audit, path: str) -> None:
         self._configurations = configurations
+        self._audit = audit
         self._path = Path(path) if path else None
 
     async def sync(self, organization_id: str) -> tuple[Plan, Configuration]:
@@ -51,7 +53,8 @@ class ConfigurationDirectory:
             for name in await asyncio.to_thread(self._names):
                 organization_id = name.removesuffix(_SUFFIX)
                 try:
-                    plan, _ = await self.sync(organization_id)
+                    async with self._audit.own("ConfigurationDirectory", organization_id):
+                        plan, _ = await self.sync(organization_id)
                 except PlatformError as error:
                     logger.warning("the document %s could not be applied: %s", name, error.reason.value)
                 except Exception:

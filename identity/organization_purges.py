@@ -6,6 +6,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
+from identity.audit import Audit
 from mesh.clock import Clock
 from mesh.errors import PlatformError
 
@@ -24,9 +25,10 @@ class OrganizationPurges:
     is counted.
     """
 
-    def __init__(self, store: Store, clock: Clock) -> None:
+    def __init__(self, store: Store, clock: Clock, audit: Audit) -> None:
         self._store = store
         self._clock = clock
+        self._audit = audit
 
     async def run(self, stop: asyncio.Event) -> None:
         """Purge what is due, once a minute, until `stop` is set."""
@@ -48,7 +50,7 @@ class OrganizationPurges:
         async with self._store.transaction() as stored:
             due = await stored.organizations.list_due(now)
         for organization_id in due:
-            async with self._store.transaction() as stored:
+            async with self._audit.own("OrganizationPurges", organization_id), self._store.transaction() as stored:
                 if not await stored.organizations.purge(organization_id, now):
                     continue
                 await stored.revoke("organization_id", organization_id)

@@ -170,13 +170,13 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
             overrides = BudgetOverrides(store, clock)
             changes = BudgetChanges(store)
             feed = RevocationFeed(store)
-            purges = OrganizationPurges(store, clock)
+            purges = OrganizationPurges(store, clock, audit)
             outbox = EventOutbox(store, broker)
             leases = BudgetLeases(store, clock)
             signing = RequestSigning(store, clock, seal, ApiKeys(store, clock), cache)
             budgets = BudgetService(Budgets(store, clock), overrides, leases, changes)
             configurations = Configurations(store, clock)
-            directory = ConfigurationDirectory(configurations, config.configuration_path)
+            directory = ConfigurationDirectory(configurations, audit, config.configuration_path)
             grpc_server = GrpcServer(
                 config.grpc_address,
                 [

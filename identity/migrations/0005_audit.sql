@@ -52,10 +52,39 @@ CREATE TABLE audit_checkpoints (
     signature bytea NOT NULL
 );
 
+CREATE INDEX audit_checkpoints_by_create_time ON audit_checkpoints (create_time);
 CREATE INDEX audit_checkpoints_by_sequence ON audit_checkpoints (organization_id, sequence, audit_checkpoint_id);
 
 REVOKE UPDATE, DELETE ON audit_entries, audit_checkpoints FROM aiaas_identity;
 REVOKE DELETE ON audit_chains FROM aiaas_identity;
+
+-- Removes, of one chain, what is kept no longer: about `most` entries up to a checkpoint that is 400 days old, and the
+-- checkpoints before that one. Its entry stays, as the chain's beginning. Returns how many entries went, 0 when no chain has
+-- any. Whoever calls it cannot have anything newer removed.
+CREATE FUNCTION forget_old_audit_entries(most integer) RETURNS bigint LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = public, pg_temp AS $$
+DECLARE
+    chain record;
+    beginning bigint;
+    forgotten bigint;
+BEGIN
+    FOR chain IN
+        SELECT organization_id, max(sequence) AS last_old,
+            (SELECT min(sequence) FROM audit_entries WHERE organization_id = old.organization_id) AS oldest
+        FROM audit_checkpoints AS old WHERE create_time < now() - interval '400 days' GROUP BY organization_id
+    LOOP
+        CONTINUE WHEN chain.oldest IS NULL OR chain.oldest >= chain.last_old;
+        SELECT coalesce(max(sequence) FILTER (WHERE sequence <= chain.oldest + most), min(sequence)) INTO beginning
+        FROM audit_checkpoints
+        WHERE organization_id = chain.organization_id AND sequence > chain.oldest AND sequence <= chain.last_old;
+        DELETE FROM audit_entries WHERE organization_id = chain.organization_id AND sequence < beginning;
+        GET DIAGNOSTICS forgotten = ROW_COUNT;
+        DELETE FROM audit_checkpoints WHERE organization_id = chain.organization_id AND sequence < beginning;
+        RETURN forgotten;
+    END LOOP;
+    RETURN 0;
+END
+$$;
 
 -- The wall of 0004_row_level_security.sql around tables that came after it: each has a column organization_id.
 CREATE FUNCTION wall_between_organizations(VARIADIC tenant_tables text[]) RETURNS void LANGUAGE plpgsql AS $$

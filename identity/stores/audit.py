@@ -88,6 +88,17 @@ class AuditRows:
         )
         return None if row is None else _entry_of(row)
 
+    async def first(self, organization_id: str) -> AuditEntry | None:
+        """The oldest entry that is there."""
+        row = await self._connection.fetchrow(
+            f"SELECT {_ENTRY} FROM audit_entries WHERE organization_id = $1 ORDER BY sequence LIMIT 1", organization_id
+        )
+        return None if row is None else _entry_of(row)
+
+    async def forget_old(self, most: int) -> int:
+        """Remove about so many entries of one chain that are kept no longer; returns how many, or 0."""
+        return int(await self._connection.fetchval("SELECT forget_old_audit_entries($1)", most))
+
     async def page(self, organization_id: str, asked: AuditFilter, before: int | None, limit: int) -> list[AuditEntry]:
         """Entries newest first, those before a place in the chain."""
         query = _query(organization_id, asked)

@@ -17,7 +17,7 @@ import aio_pika
 from redis.asyncio import Redis
 
 from mesh.topology import USAGE
-from tests.load.soak import Verdict
+from tests.load.verdict import Verdict
 from tests.money.checker import Books, most_off, tokens_off
 from tests.money.client import Client, Request, Seen, begin, over
 from tests.money.platform import Platform, deaths

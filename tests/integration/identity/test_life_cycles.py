@@ -16,6 +16,8 @@ from aiaas.identity.v1 import (
     service_account_service_pb2,
     user_service_pb2,
 )
+from identity.audit import Audit
+from identity.audit_chain import AuditKeys
 from identity.organization_purges import OrganizationPurges
 from identity.organizations import DELETION_DELAY
 from identity.revocation_feed import RevocationFeed
@@ -25,7 +27,7 @@ from mesh.database import Database
 from mesh.errors import Reason
 from tests.doubles.clock import ManualClock
 from tests.integration.identity import budgeting
-from tests.integration.identity.harness import Identity, running_identity
+from tests.integration.identity.harness import AUDIT_KEY, Identity, running_identity
 from tests.integration.identity.leasing import Router, report
 from tests.integration.identity.test_row_level_security import TENANT_TABLES, announce_nothing
 
@@ -42,7 +44,7 @@ async def database(database_url: str) -> AsyncIterator[Database]:
 
 @pytest.fixture
 def store(database: Database) -> Store:
-    return Store(database, announce_nothing)
+    return Store(database, announce_nothing, AuditKeys(AUDIT_KEY))
 
 
 async def deleted(identity: Identity, organization_id: str, **fields: Any) -> organization_service_pb2.Organization:
@@ -139,7 +141,7 @@ async def test_data_goes_after_the_delay_and_nobody_elses(identity: Identity, da
     assert sum(before.values()) > 6
     await deleted(identity, going)
     clock = ManualClock(SystemClock().now())
-    purges = OrganizationPurges(store, clock)
+    purges = OrganizationPurges(store, clock, Audit(store, clock, AuditKeys(AUDIT_KEY)))
     clock.advance((DELETION_DELAY - timedelta(minutes=1)).total_seconds())
     assert await purges.purge_due() == []
     clock.advance(120)
