@@ -39,6 +39,7 @@ class AuditInterceptor(AsyncServerInterceptor):
             return await proceed(method, request, context)
         client_address = _address(metadata_value(context, "x-client-address"))
         call.client_address.set(client_address)
+        call.user_agent.set(metadata_value(context, "x-client-agent"))
         made = Call(rpc, request if isinstance(request, Message) else Empty(), client_address, self._clock)
         attempt = Attempt(made.entry, self._audit, self._bounds, mutates=rpc.mutates)
         if rpc.mutates:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from identity.audit_chain import KEYS_PATTERN
+from identity.mail import URL_PATTERN
 from mesh.config import setting
 from mesh.sealing import KEY_PATTERN
 
@@ -34,6 +35,19 @@ class IdentityConfig:
         "AIAAS_IDENTITY_PUBLIC_URL",
         "https://host of the edge as clients see it: the issuer of tokens, and where OAuth2 is served",
         default="http://127.0.0.1:8080",
+    )
+    smtp_url: Annotated[str, msgspec.Meta(pattern=URL_PATTERN)] = setting(
+        "AIAAS_IDENTITY_SMTP_URL",
+        "smtp://user:password@host:port (STARTTLS) or smtps://..., by which invites and recoveries are mailed; without"
+        " it whoever invites is told the token, and nobody recovers a password",
+        default="",
+        secret=True,
+    )
+    mail_from: str = setting("AIAAS_IDENTITY_MAIL_FROM", "the sender of mail", default="aiaas@localhost")
+    allow_private_issuers: bool = setting(
+        "AIAAS_IDENTITY_ALLOW_PRIVATE_ISSUERS",
+        "whether OpenID Connect issuers may be in private networks and speak http; for tests",
+        default=False,
     )
     grpc_address: str = setting(
         "AIAAS_IDENTITY_GRPC_ADDRESS", "host:port or unix:path of the gRPC server", default="127.0.0.1:27001"

@@ -215,6 +215,7 @@ class Issuers:
 
     async def _end_sessions(self, stored: Transaction, organization_id: str, issuer_id: str) -> None:
         for user_id in await stored.issuer_users.user_ids(organization_id, issuer_id):
+            await stored.sessions.end(user_id, self._clock.now(), organization_id=organization_id, issuer_id=issuer_id)
             await stored.revoke("user_id", user_id)
 
     def _sealed(self, issuer_id: str, client_secret: str) -> bytes | None:

@@ -1,4 +1,4 @@
-"""When API keys were last used, to the minute, written down in bundles; it never holds up a call for that."""
+"""When keys and sessions were last used, to the minute, written down in bundles; it never holds up a call for that."""
 
 from __future__ import annotations
 
@@ -24,11 +24,17 @@ class LastUses:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._noted: dict[tuple[str, str], datetime] = {}
+        self._sessions: dict[str, datetime] = {}
 
     def note(self, organization_id: str, api_key_id: str, now: datetime) -> None:
         """Remember that a key was used."""
         if len(self._noted) < _MAX_NOTED:
             self._noted[organization_id, api_key_id] = now.replace(second=0, microsecond=0)
+
+    def note_session(self, session_id: str, now: datetime) -> None:
+        """Remember that a session was used."""
+        if len(self._sessions) < _MAX_NOTED:
+            self._sessions[session_id] = now.replace(second=0, microsecond=0)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Write what was noted every few seconds, and a last time when `stop` is set."""
@@ -43,11 +49,14 @@ class LastUses:
     async def write(self) -> None:
         """Write what was noted; while the database is away it stays noted."""
         noted, self._noted = self._noted, {}
-        if not noted:
+        sessions, self._sessions = self._sessions, {}
+        if not noted and not sessions:
             return
         try:
             async with self._store.transaction() as stored:
                 await stored.api_keys.set_last_uses(noted)
+                await stored.sessions.set_last_uses(sessions)
         except PlatformError as error:
             self._noted = noted | self._noted
-            logger.warning("last uses of API keys were not written: %s", error.reason.value)
+            self._sessions = sessions | self._sessions
+            logger.warning("last uses were not written: %s", error.reason.value)

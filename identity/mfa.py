@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import pyotp
 from cryptography.exceptions import InvalidTag
 
-from identity import fields
+from identity import attempts, fields
 from mesh.clock import Clock
 from mesh.errors import PlatformError, Reason
 from mesh.sealing import Seal
@@ -103,9 +103,10 @@ class Mfa:
         Raises PlatformError(RATE_LIMIT_EXCEEDED) after five in 15 minutes without a right one among them.
         """
         now = self._clock.now()
-        async with self._store.transaction(across=True) as stored:
-            attempts = await stored.totps.count_attempt(user_id, now, now - _ATTEMPTS_WITHIN)
-        if attempts > _ATTEMPTS:
+        with attempts.apart():
+            async with self._store.transaction(across=True) as stored:
+                attempted = await stored.totps.count_attempt(user_id, now, now - _ATTEMPTS_WITHIN)
+        if attempted > _ATTEMPTS:
             logger.warning("too many attempts at a second factor", extra={"user_id": user_id})
             raise PlatformError(
                 Reason.RATE_LIMIT_EXCEEDED,

@@ -76,6 +76,9 @@ class SignIns(Protocol):
     async def end_sessions(self, stored: Transaction, user_id: str) -> None:
         """End all sessions of a user, in every organization."""
 
+    async def pass_mfa(self, stored: Transaction) -> None:
+        """The session that calls has proven a second factor."""
+
 
 class MfaSetup:
     """The operations on second factors. `caller` is a user who is signed in, or an administrator."""
@@ -127,6 +130,7 @@ class MfaSetup:
             # The code is used up: nobody who saw it can sign in with it.
             await stored.totps.put(Totp(user_id, enrollment.sealed_secret, step, now))
             codes = await _renew_codes(stored, user_id)
+            await self._sign_ins.pass_mfa(stored)
             await stored.revoke("user_id", user_id)
             return await _state(stored, user_id), codes
 

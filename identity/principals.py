@@ -71,19 +71,29 @@ class Credential:
 class Principals:
     """Turns credentials into principals; the mesh's Authenticator, answered out of the database."""
 
-    def __init__(self, store: Store, clock: Clock, last_uses: LastUses, access_tokens: Authenticator) -> None:
+    def __init__(
+        self,
+        store: Store,
+        clock: Clock,
+        last_uses: LastUses,
+        access_tokens: Authenticator,
+        sessions: Authenticator,
+    ) -> None:
         self._store = store
         self._clock = clock
         self._last_uses = last_uses
         self._access_tokens = access_tokens
+        self._sessions = sessions
 
     async def authenticate(self, credential: str) -> Principal:
-        """The principal behind an API key or an access token.
+        """The principal behind an API key, an access token or a session.
 
         Raises PlatformError: API_KEY_INVALID, AUTH_UNAVAILABLE when the database is away.
         """
         if credential.startswith(tokens.ACCESS_TOKEN.prefix):
             return await self._access_tokens.authenticate(credential)
+        if credential.startswith(tokens.SESSION.prefix):
+            return await self._sessions.authenticate(credential)
         parsed = tokens.API_KEY.parse(credential)
         try:
             found = await self._store.credential(parsed.id)

@@ -1,6 +1,7 @@
 """What the process is made of, read from top to bottom; nothing else knows every class of identity."""
 
 import asyncio
+from types import ModuleType
 from typing import Any
 
 from google.protobuf.descriptor import ServiceDescriptor
@@ -16,6 +17,12 @@ from aiaas.identity.v1 import (
     budget_service_pb2_grpc,
     configuration_service_pb2,
     configuration_service_pb2_grpc,
+    federation_service_pb2,
+    federation_service_pb2_grpc,
+    invite_service_pb2,
+    invite_service_pb2_grpc,
+    mfa_service_pb2,
+    mfa_service_pb2_grpc,
     oauth_service_pb2,
     oauth_service_pb2_grpc,
     organization_service_pb2,
@@ -28,6 +35,8 @@ from aiaas.identity.v1 import (
     scim_service_pb2_grpc,
     service_account_service_pb2,
     service_account_service_pb2_grpc,
+    session_service_pb2,
+    session_service_pb2_grpc,
     user_service_pb2,
     user_service_pb2_grpc,
 )
@@ -49,7 +58,17 @@ from identity.configuration_service import ConfigurationService
 from identity.configurations import Configurations
 from identity.custom_roles import Roles
 from identity.event_outbox import EventOutbox
+from identity.federation import Federation
+from identity.federation_service import FederationService
+from identity.invite_service import InviteService
+from identity.invites import Invites
+from identity.issuer_client import IssuerClient
+from identity.issuers import Issuers
 from identity.last_uses import LastUses
+from identity.mail import Mailer
+from identity.mfa import Mfa
+from identity.mfa_service import MfaService
+from identity.mfa_setup import MfaSetup
 from identity.oauth_authorizations import OauthAuthorizations
 from identity.oauth_clients import OauthClients
 from identity.oauth_grants import OauthGrants
@@ -58,6 +77,7 @@ from identity.oauth_tokens import OauthTokens
 from identity.organization_purges import OrganizationPurges
 from identity.organization_service import OrganizationService
 from identity.organizations import Organizations
+from identity.passwords import Passwords
 from identity.principals import Principals
 from identity.request_signing import RequestSigning
 from identity.request_signing_service import RequestSigningService
@@ -70,8 +90,12 @@ from identity.scim_service import ScimService
 from identity.scim_users import ScimUsers
 from identity.service_account_service import ServiceAccountService
 from identity.service_accounts import ServiceAccounts
+from identity.session_service import SessionService, sign_in_to_proto
+from identity.sessions import Sessions
+from identity.sign_ins import SignIns
 from identity.signing_keys import SigningKeys
 from identity.stores import Store, open_database
+from identity.throttles import Throttles
 from identity.user_service import UserService
 from identity.users import Users
 from mesh.broker import Broker
@@ -84,56 +108,33 @@ from mesh.server import AddServicer, GrpcServer
 from mesh.topology import EVENTS
 
 
+def _served(messages: ModuleType, stubs: ModuleType, servicer: Any) -> tuple[ServiceDescriptor, AddServicer, Any]:
+    """A servicer, named as its .proto names the service, with what registers it."""
+    name = type(servicer).__name__
+    return messages.DESCRIPTOR.services_by_name[name], getattr(stubs, f"add_{name}Servicer_to_server"), servicer
+
+
 def _services(
     store: Store, auth: AuthService, budgets: BudgetService, configurations: ConfigurationService, clock: Clock
 ) -> list[tuple[ServiceDescriptor, AddServicer, Any]]:
-    api_keys = ApiKeyService(ApiKeys(store, clock), clock)
     return [
-        (
-            organization_service_pb2.DESCRIPTOR.services_by_name["OrganizationService"],
-            organization_service_pb2_grpc.add_OrganizationServiceServicer_to_server,
+        _served(
+            organization_service_pb2,
+            organization_service_pb2_grpc,
             OrganizationService(Organizations(store, clock)),
         ),
-        (
-            user_service_pb2.DESCRIPTOR.services_by_name["UserService"],
-            user_service_pb2_grpc.add_UserServiceServicer_to_server,
-            UserService(Users(store, clock)),
-        ),
-        (
-            service_account_service_pb2.DESCRIPTOR.services_by_name["ServiceAccountService"],
-            service_account_service_pb2_grpc.add_ServiceAccountServiceServicer_to_server,
+        _served(user_service_pb2, user_service_pb2_grpc, UserService(Users(store, clock))),
+        _served(
+            service_account_service_pb2,
+            service_account_service_pb2_grpc,
             ServiceAccountService(ServiceAccounts(store, clock)),
         ),
-        (
-            api_key_service_pb2.DESCRIPTOR.services_by_name["ApiKeyService"],
-            api_key_service_pb2_grpc.add_ApiKeyServiceServicer_to_server,
-            api_keys,
-        ),
-        (
-            role_service_pb2.DESCRIPTOR.services_by_name["RoleService"],
-            role_service_pb2_grpc.add_RoleServiceServicer_to_server,
-            RoleService(Roles(store, clock)),
-        ),
-        (
-            budget_service_pb2.DESCRIPTOR.services_by_name["BudgetService"],
-            budget_service_pb2_grpc.add_BudgetServiceServicer_to_server,
-            budgets,
-        ),
-        (
-            configuration_service_pb2.DESCRIPTOR.services_by_name["ConfigurationService"],
-            configuration_service_pb2_grpc.add_ConfigurationServiceServicer_to_server,
-            configurations,
-        ),
-        (
-            scim_service_pb2.DESCRIPTOR.services_by_name["ScimService"],
-            scim_service_pb2_grpc.add_ScimServiceServicer_to_server,
-            ScimService(_scim(store, clock)),
-        ),
-        (
-            auth_service_pb2.DESCRIPTOR.services_by_name["AuthService"],
-            auth_service_pb2_grpc.add_AuthServiceServicer_to_server,
-            auth,
-        ),
+        _served(api_key_service_pb2, api_key_service_pb2_grpc, ApiKeyService(ApiKeys(store, clock), clock)),
+        _served(role_service_pb2, role_service_pb2_grpc, RoleService(Roles(store, clock))),
+        _served(budget_service_pb2, budget_service_pb2_grpc, budgets),
+        _served(configuration_service_pb2, configuration_service_pb2_grpc, configurations),
+        _served(scim_service_pb2, scim_service_pb2_grpc, ScimService(_scim(store, clock))),
+        _served(auth_service_pb2, auth_service_pb2_grpc, auth),
     ]
 
 
@@ -150,7 +151,11 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
     seal = Seal(config.secret_key)
     cache = Cache(config.redis_url, clock) if config.redis_url else None
     try:
-        async with announcer(config.redis_url, clock) as revocations, asyncio.TaskGroup() as tasks:
+        async with (
+            announcer(config.redis_url, clock) as revocations,
+            IssuerClient(clock, allow_private=config.allow_private_issuers) as issuer_client,
+            asyncio.TaskGroup() as tasks,
+        ):
             audit_keys = AuditKeys(config.audit_keys)
             store = Store(database, revocations.announce, audit_keys)
             audit = Audit(store, clock, audit_keys)
@@ -158,7 +163,15 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
             # Its own principals are asked of the domain at each call: nothing here may be older than the database.
             keys = SigningKeys(store, clock, seal)
             oauth_tokens = OauthTokens(store, clock, keys, config.public_url)
-            principals = Principals(store, clock, last_uses, oauth_tokens)
+            mfa, throttles, passwords = Mfa(store, clock, seal), Throttles(store, clock), Passwords(clock)
+            mail = Mailer(config.smtp_url, config.mail_from, config.public_url) if config.smtp_url else None
+            sessions = Sessions(store, clock, mfa, throttles, last_uses)
+            sign_ins = SignIns(store, clock, passwords, sessions, mfa, throttles, mail)
+            issuers = Issuers(store, clock, issuer_client, seal, allow_private=config.allow_private_issuers)
+            federation = Federation(
+                store, clock, issuer_client, seal, sessions, f"{config.public_url.rstrip('/')}/sign-in/issuer"
+            )
+            principals = Principals(store, clock, last_uses, oauth_tokens, sessions)
             oauth = OauthService(
                 OauthClients(store, clock),
                 OauthGrants(store, clock),
@@ -187,21 +200,33 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
                         ConfigurationService(configurations, directory),
                         clock,
                     ),
-                    (
-                        audit_service_pb2.DESCRIPTOR.services_by_name["AuditService"],
-                        audit_service_pb2_grpc.add_AuditServiceServicer_to_server,
-                        AuditService(audit),
+                    _served(
+                        session_service_pb2,
+                        session_service_pb2_grpc,
+                        SessionService(sign_ins, sessions),
                     ),
-                    (
-                        request_signing_service_pb2.DESCRIPTOR.services_by_name["RequestSigningService"],
-                        request_signing_service_pb2_grpc.add_RequestSigningServiceServicer_to_server,
+                    _served(
+                        mfa_service_pb2,
+                        mfa_service_pb2_grpc,
+                        MfaService(MfaSetup(store, clock, seal, mfa, sign_ins)),
+                    ),
+                    _served(
+                        federation_service_pb2,
+                        federation_service_pb2_grpc,
+                        FederationService(issuers, federation, sign_in_to_proto),
+                    ),
+                    _served(
+                        invite_service_pb2,
+                        invite_service_pb2_grpc,
+                        InviteService(Invites(store, passwords, mail, clock), clock),
+                    ),
+                    _served(audit_service_pb2, audit_service_pb2_grpc, AuditService(audit)),
+                    _served(
+                        request_signing_service_pb2,
+                        request_signing_service_pb2_grpc,
                         RequestSigningService(signing),
                     ),
-                    (
-                        oauth_service_pb2.DESCRIPTOR.services_by_name["OauthService"],
-                        oauth_service_pb2_grpc.add_OauthServiceServicer_to_server,
-                        oauth,
-                    ),
+                    _served(oauth_service_pb2, oauth_service_pb2_grpc, oauth),
                 ],
                 chain(
                     principals,
@@ -220,7 +245,7 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
                 await ops_server.start()
                 for run in (
                     *(last_uses.run, overrides.run, leases.run, changes.run, outbox.run, directory.run),
-                    *(audit.run, feed.run, purges.run, oauth_tokens.run),
+                    *(audit.run, feed.run, purges.run, oauth_tokens.run, sessions.run, sign_ins.run),
                 ):
                     tasks.create_task(run(ended))
                 await stop.wait()

@@ -478,7 +478,7 @@ def authorize(principal: Principal | None, policy: options_pb2.MethodPolicy, req
     """Hold a call to its policy: first the permission, then the organization it acts on.
 
     A request's `organization_id`, its own or that of a message directly in it, is the principal's unless the principal
-    is of the platform; where the REST path holds it, it cannot be empty.
+    is of the platform, or the policy is `across_organizations`; where the REST path holds it, it cannot be empty.
 
     Raises PlatformError: MISSING_CREDENTIALS, PERMISSION_DENIED (naming the permission), ORGANIZATION_MISMATCH,
     INVALID_ARGUMENT (naming the field).
@@ -502,7 +502,7 @@ def authorize(principal: Principal | None, policy: options_pb2.MethodPolicy, req
         raise PlatformError(
             Reason.INVALID_ARGUMENT, field="organization_id", description="'organization_id' is required."
         )
-    if principal.platform:
+    if principal.platform or policy.across_organizations:
         return
     named = [request.organization_id] if own else []  # type: ignore[attr-defined]
     named += [getattr(request, name).organization_id for name in inner if request.HasField(name)]

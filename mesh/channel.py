@@ -88,6 +88,7 @@ def _with_context(details: grpc.aio.ClientCallDetails, default_timeout_s: float 
     carried = {
         "x-request-id": call.request_id.get(),
         "x-client-address": call.client_address.get(),
+        "x-client-agent": call.user_agent.get(),
         "authorization": f"Bearer {call.credential.get()}" if call.credential.get() else "",
     }
     signature = call.signature.get()

@@ -21,6 +21,9 @@ credential: ContextVar[str] = ContextVar("credential", default="")
 client_address: ContextVar[str] = ContextVar("client_address", default="")
 """The network address of the client whose request is served, passed on to the next service; empty when unknown."""
 
+user_agent: ContextVar[str] = ContextVar("user_agent", default="")
+"""What the client whose request is served calls itself, passed on to the next service; empty when unknown."""
+
 signature: ContextVar[RequestSignature | None] = ContextVar("signature", default=None)
 """The signature that the client gave its request, passed on to the next service; None where there is none."""
 

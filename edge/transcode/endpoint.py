@@ -44,6 +44,7 @@ class Transcoder:
         exchange.route = route.template
         exchange.take_credential(required=not route.is_public)
         context.client_address.set(exchange.client_address)
+        context.user_agent.set(exchange.header(b"user-agent") or "")
         body = await exchange.read_body()
         if body:
             exchange.expect_json()

@@ -14,6 +14,7 @@ from identity.audit_chain import AuditEntry, AuditKeys
 from identity.oauth_tokens import StoredToken
 from identity.principals import Credential
 from identity.revocations import Revocation, Subject
+from identity.sessions import StoredSession
 from identity.stores.api_keys import ApiKeyRows
 from identity.stores.audit import AuditRows
 from identity.stores.budget_alerts import BudgetAlertRows
@@ -31,13 +32,16 @@ from identity.stores.oauth_clients import OauthClientRows
 from identity.stores.oauth_grants import OauthAuthorizationRows, OauthGrantRows
 from identity.stores.oauth_tokens import OauthTokenRows, find_token
 from identity.stores.organizations import OrganizationRows
+from identity.stores.passwords import PasswordRows, RecoveryRows
 from identity.stores.revocations import RevocationRows
 from identity.stores.roles import RoleRows
 from identity.stores.rows import Connection
 from identity.stores.scim import ScimGroupRows, ScimSettingsRows, ScimUserRows
 from identity.stores.service_accounts import ServiceAccountRows
+from identity.stores.sessions import ChallengeRows, SessionRows, find_session
 from identity.stores.signing_keys import SigningKeyRows
 from identity.stores.signing_secrets import SigningSecretRows
+from identity.stores.throttles import ThrottleRows
 from identity.stores.unpublished_events import UnpublishedEventRows
 from identity.stores.users import UserRows
 from mesh import context
@@ -74,6 +78,11 @@ class Transaction:
         self.unpublished_events = UnpublishedEventRows(connection)
         self.configurations = ConfigurationRows(connection)
         self.audit = AuditRows(connection)
+        self.passwords = PasswordRows(connection)
+        self.recoveries = RecoveryRows(connection)
+        self.sessions = SessionRows(connection)
+        self.challenges = ChallengeRows(connection)
+        self.throttles = ThrottleRows(connection)
         self.totps = TotpRows(connection)
         self.totp_enrollments = EnrollmentRows(connection)
         self.recovery_codes = RecoveryCodeRows(connection)
@@ -156,6 +165,10 @@ class Store:
     async def credential(self, api_key_id: str) -> Credential | None:
         """All that decides on an API key, in one query."""
         return await find_credential(self._database, api_key_id)
+
+    async def session(self, session_id: str) -> StoredSession | None:
+        """All that decides on a session, in one query."""
+        return await find_session(self._database, session_id)
 
     async def oauth_token(self, oauth_token_id: str) -> StoredToken | None:
         """All that decides on an OAuth2 token, in one query."""

@@ -147,6 +147,16 @@ class OauthAuthorizationRows:
             now,
         )
 
+    async def revoke_of_user(self, organization_id: str, user_id: str, now: datetime) -> None:
+        """End all families of a user in an organization."""
+        await self._connection.execute(
+            "UPDATE oauth_authorizations SET revoke_time = $3"
+            " WHERE organization_id = $1 AND user_id = $2 AND revoke_time IS NULL",
+            organization_id,
+            user_id,
+            now,
+        )
+
 
 def _grant_of(row: Row) -> OauthGrant:
     return OauthGrant(

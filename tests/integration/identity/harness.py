@@ -144,6 +144,7 @@ async def running_identity(
     drain_s: float = 1.0,
     configuration_path: str = "",
     restarted: bool = False,
+    smtp_url: str = "",
 ) -> AsyncIterator[Identity]:
     """identity on a unix socket over a migrated database, bootstrapped. Without a broker its events wait.
 
@@ -161,6 +162,7 @@ async def running_identity(
         redis_url=redis_url,
         drain_s=drain_s,
         configuration_path=configuration_path,
+        smtp_url=smtp_url,
     )
     stop = asyncio.Event()
     async with asyncio.TaskGroup() as tasks:

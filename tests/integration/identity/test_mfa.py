@@ -30,10 +30,14 @@ class SignIns:
 
     def __init__(self) -> None:
         self.ended: list[str] = []
+        self.passed = 0
 
     async def check_password(self, stored: Transaction, user_id: str, password: str) -> None:
         if password != PASSWORD:
             raise PlatformError(Reason.PERMISSION_DENIED, field="password")
+
+    async def pass_mfa(self, stored: Transaction) -> None:
+        self.passed += 1
 
     async def end_sessions(self, stored: Transaction, user_id: str) -> None:
         self.ended.append(user_id)

@@ -70,10 +70,8 @@ async def test_old_text_ends_with_the_overlap_or_with_the_key(
     identity: Identity, organization_id: str, store: Store
 ) -> None:
     clock = ManualClock(SystemClock().now())
-    keys, principals = (
-        ApiKeys(store, clock),
-        Principals(store, clock, LastUses(store), RemoteAuthenticator(identity.auth)),
-    )
+    remote = RemoteAuthenticator(identity.auth)
+    keys, principals = ApiKeys(store, clock), Principals(store, clock, LastUses(store), remote, remote)
     made = await identity.key(organization_id)
     _, text = await keys.rotate(ADMIN, organization_id, made.api_key.api_key_id, timedelta(minutes=10))
     clock.advance(599)

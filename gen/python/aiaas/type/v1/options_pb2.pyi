@@ -31,6 +31,7 @@ class MethodPolicy(_message.Message):
     AUTHENTICATED_FIELD_NUMBER: _builtins.int
     INTERNAL_FIELD_NUMBER: _builtins.int
     REST_FIELD_NUMBER: _builtins.int
+    ACROSS_ORGANIZATIONS_FIELD_NUMBER: _builtins.int
     permission: _builtins.str
     """The permission a principal must hold, named resource.verb, for example "api_keys.create"."""
     public: _builtins.bool
@@ -39,6 +40,10 @@ class MethodPolicy(_message.Message):
     """Any authenticated principal may call, whatever its permissions."""
     internal: _builtins.bool
     """Only other services of the platform may call; never reachable through REST."""
+    across_organizations: _builtins.bool
+    """The organization that the request names may be another than the caller acts in: the caller is judged as a person,
+    by whoever serves the RPC.
+    """
     @_builtins.property
     def rest(self) -> Global___RestBinding:
         """How the edge offers the RPC over REST. Absent: gRPC only."""
@@ -51,10 +56,11 @@ class MethodPolicy(_message.Message):
         authenticated: _builtins.bool = ...,
         internal: _builtins.bool = ...,
         rest: Global___RestBinding | None = ...,
+        across_organizations: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "authenticated", b"authenticated", "internal", b"internal", "permission", b"permission", "public", b"public", "rest", b"rest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "authenticated", b"authenticated", "internal", b"internal", "permission", b"permission", "public", b"public", "rest", b"rest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "across_organizations", b"across_organizations", "authenticated", b"authenticated", "internal", b"internal", "permission", b"permission", "public", b"public", "rest", b"rest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_access: _TypeAlias = _typing.Literal["permission", "public", "authenticated", "internal"]  # noqa: Y015
     _WhichOneofArgType_access: _TypeAlias = _typing.Literal["access", b"access"]  # noqa: Y015
