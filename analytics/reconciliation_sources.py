@@ -18,6 +18,7 @@ from analytics.reconciliations import HOUR, Amounts, EngineWindow, Line
 from mesh.channel import connect
 from mesh.conversions import from_timestamp, to_timestamp
 from mesh.errors import from_rpc_error
+from mesh.tls import Tls
 
 _PAGE = 500
 _A = TypeVar("_A")
@@ -37,9 +38,11 @@ class Sources:
         self,
         routers: router_service_pb2_grpc.RouterServiceStub,
         ledger: budget_service_pb2_grpc.BudgetServiceStub,
+        tls: Tls | None = None,
     ) -> None:
         self._routers = routers
         self._ledger = ledger
+        self._tls = tls
 
     async def routers(self, since: datetime) -> list[Router]:
         """The routers that were alive then or later, those that are gone included."""
@@ -53,7 +56,7 @@ class Sources:
             start_time=to_timestamp(start_time), end_time=to_timestamp(end_time), page_size=_PAGE
         )
         totals = {}
-        async with _journal(router) as journal:
+        async with _journal(router, self._tls) as journal:
             async for response in _pages(journal.QueryJournalTotals, request):
                 for total in response.totals:
                     hour = from_timestamp(total.hour_start, "hour_start")
@@ -72,7 +75,7 @@ class Sources:
         request = journal_service_pb2.ReplayJournalRequest(
             start_time=to_timestamp(start_time), end_time=to_timestamp(end_time), organization_id=organization_id
         )
-        async with _journal(router) as journal:
+        async with _journal(router, self._tls) as journal:
             response = await _asked(journal.ReplayJournal(request))
         return response.entries
 
@@ -112,10 +115,10 @@ class Sources:
 
 
 @contextlib.asynccontextmanager
-async def _journal(router: Router) -> AsyncIterator[journal_service_pb2_grpc.JournalServiceStub]:
+async def _journal(router: Router, tls: Tls | None) -> AsyncIterator[journal_service_pb2_grpc.JournalServiceStub]:
     """The journal of one replica, which only its own address reaches."""
     service = journal_service_pb2.DESCRIPTOR.services_by_name["JournalService"]
-    async with connect(router.address, service) as channel:
+    async with connect(router.address, service, tls=tls) as channel:
         yield journal_service_pb2_grpc.JournalServiceStub(channel)
 
 

@@ -54,14 +54,15 @@ from mesh.request_signatures import RemoteVerifier
 from mesh.revocations import listen, watch
 from mesh.sealing import Seal
 from mesh.server import GrpcServer
+from mesh.tls import opened
 from mesh.topology import EVENTS, USAGE
 
 
 async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
     """Serve until `stop` is set, then drain.
 
-    Raises mesh.server.AddressInUseError, OSError for a taken operations port, and the group of what ended a background
-    task, of which none may end before the process does.
+    Raises mesh.tls.CertificateError, mesh.server.AddressInUseError, OSError for a taken operations port, and the group
+    of what ended a background task, of which none may end before the process does.
     """
     clock = SystemClock()
     async with contextlib.AsyncExitStack() as resources:
@@ -71,16 +72,18 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
         resources.push_async_callback(redis.close)
         broker = Broker(config.amqp_url, USAGE, EVENTS)
         resources.push_async_callback(broker.close)
+        tls = await resources.enter_async_context(opened(config.tls))
         identity = await resources.enter_async_context(
             connect(
                 config.identity_target,
                 auth_service_pb2.DESCRIPTOR.services_by_name["AuthService"],
                 budget_service_pb2.DESCRIPTOR.services_by_name["BudgetService"],
                 request_signing_service_pb2.DESCRIPTOR.services_by_name["RequestSigningService"],
+                tls=tls,
             )
         )
         router = await resources.enter_async_context(
-            connect(config.router_target, router_service_pb2.DESCRIPTOR.services_by_name["RouterService"])
+            connect(config.router_target, router_service_pb2.DESCRIPTOR.services_by_name["RouterService"], tls=tls)
         )
         identity_auth = auth_service_pb2_grpc.AuthServiceStub(identity)
         authenticator = CachedAuthenticator(RemoteAuthenticator(identity_auth), clock, secrets.SystemRandom())
@@ -95,7 +98,9 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
 
         reconciliations = ReconciliationStore(database)
         sources = Sources(
-            router_service_pb2_grpc.RouterServiceStub(router), budget_service_pb2_grpc.BudgetServiceStub(identity)
+            router_service_pb2_grpc.RouterServiceStub(router),
+            budget_service_pb2_grpc.BudgetServiceStub(identity),
+            tls,
         )
         reconciler = Reconciler(reconciliations, store, sources, broker, clock)
 
@@ -141,6 +146,7 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
             chain(authenticator, signatures=signatures, traced=config.otlp_endpoint is not None),
             reflect=config.reflection,
             drain_s=config.drain_s,
+            tls=tls,
         )
         ops_host, _, ops_port = config.ops_address.rpartition(":")
         ops_server = OpsServer(int(ops_port), {"database": database.check}, host=ops_host)

@@ -1,12 +1,13 @@
 """What the edge is told by its environment, read once at start; it never says how any of it is used."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import msgspec
 
 from mesh.config import setting
 from mesh.server import MESSAGE_BYTES
+from mesh.tls import TlsConfig
 
 # What a request to the router holds besides the body.
 _ENVELOPE_BYTES = 64 << 10
@@ -60,10 +61,16 @@ class EdgeConfig:
     trace_ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] = setting(
         "AIAAS_TRACE_RATIO", "share of requests that are traced, 0 to 1", default=0.01
     )
+    tls: TlsConfig = field(default_factory=TlsConfig)
 
     def __post_init__(self) -> None:
-        """Raises ValueError if the address is not host:port."""
+        """Raises ValueError if the address is not host:port, and for a target beyond this machine without TLS."""
         self.host_and_port  # noqa: B018 - it raises
+        self.tls.check(
+            AIAAS_EDGE_IDENTITY_TARGET=self.identity_target,
+            AIAAS_EDGE_ROUTER_TARGET=self.router_target,
+            AIAAS_EDGE_ANALYTICS_TARGET=self.analytics_target,
+        )
 
     @property
     def host_and_port(self) -> tuple[str, int]:

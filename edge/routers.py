@@ -23,6 +23,7 @@ from edge.relay import Answer, Link, RelayStream
 from mesh.channel import connect
 from mesh.errors import PlatformError, Reason
 from mesh.relay import WINDOW_S
+from mesh.tls import Tls
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +99,8 @@ class Routers:
 class GrpcStream:
     """A relay over gRPC."""
 
-    def __init__(self, address: str) -> None:
-        self._channel = connect(address)
+    def __init__(self, address: str, tls: Tls | None = None) -> None:
+        self._channel = connect(address, pb.DESCRIPTOR.services_by_name["InferenceService"], tls=tls)
         self._call: Any = InferenceServiceStub(self._channel).Relay()  # type: ignore[call-arg]  # frames are written
         self._is_closed = False
 

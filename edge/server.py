@@ -22,6 +22,7 @@ from edge.routers import Dial, GrpcStream, Routers
 from mesh.channel import connect
 from mesh.process import spare_collector
 from mesh.relay import WINDOW_S
+from mesh.tls import Tls, opened
 
 logger = logging.getLogger(__name__)
 
@@ -36,26 +37,42 @@ async def serve(
     config: EdgeConfig,
     stop: asyncio.Event,
     *,
-    dial: Dial = GrpcStream,
+    dial: Dial | None = None,
     window_s: float = WINDOW_S,
     shares_port: bool = False,
     on_serving: Callable[[], object] = lambda: None,
 ) -> None:
     """Serve until `stop` is set, then let running requests end within `drain_s`.
 
-    `dial` opens the relays to the routers, which send what they have every `window_s`. With `shares_port` other
-    processes of this user may listen on the same address. `on_serving` is called when clients can connect.
+    `dial` opens the relays to the routers (None: over gRPC), which send what they have every `window_s`. With
+    `shares_port` other processes of this user may listen on the same address. `on_serving` is called when clients can
+    connect.
 
-    Raises OSError if the address is taken, and ValueError if a contract cannot be offered as REST.
+    Raises mesh.tls.CertificateError, OSError if the address is taken, and ValueError if a contract cannot be offered as
+    REST.
     """
+    async with opened(config.tls) as tls:
+        routers = Routers(
+            config.router_target, dial or functools.partial(GrpcStream, tls=tls), SystemRandom(), window_s=window_s
+        )
+        await _serve(config, stop, tls, routers, shares_port, on_serving)
+
+
+async def _serve(
+    config: EdgeConfig,
+    stop: asyncio.Event,
+    tls: Tls | None,
+    routers: Routers,
+    shares_port: bool,
+    on_serving: Callable[[], object],
+) -> None:
     peers = Peers(
         {
-            "identity": connect(config.identity_target, *services_of("identity")),
-            "router": connect(config.router_target, *services_of("router")),
-            "analytics": connect(config.analytics_target, *services_of("analytics")),
+            "identity": connect(config.identity_target, *services_of("identity"), tls=tls),
+            "router": connect(config.router_target, *services_of("router"), tls=tls),
+            "analytics": connect(config.analytics_target, *services_of("analytics"), tls=tls),
         }
     )
-    routers = Routers(config.router_target, dial, SystemRandom(), window_s=window_s)
     access_log = AccessLog("edge") if logger.isEnabledFor(logging.INFO) else None
     try:
         app = build_app(

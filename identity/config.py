@@ -1,6 +1,6 @@
 """The configuration of identity, one variable a field; it never has a default for what must be secret."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import msgspec
@@ -9,6 +9,7 @@ from identity.audit_chain import KEYS_PATTERN
 from identity.mail import URL_PATTERN
 from mesh.config import setting
 from mesh.sealing import KEY_PATTERN
+from mesh.tls import TlsConfig
 
 
 @dataclass(frozen=True)
@@ -79,3 +80,8 @@ class IdentityConfig:
     drain_s: Annotated[float, msgspec.Meta(ge=0, le=300)] = setting(
         "AIAAS_IDENTITY_DRAIN_S", "seconds that calls get to end in when the process stops", default=10.0
     )
+    tls: TlsConfig = field(default_factory=TlsConfig)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for an address beyond this machine without TLS."""
+        self.tls.check(AIAAS_IDENTITY_GRPC_ADDRESS=self.grpc_address)

@@ -105,6 +105,7 @@ from mesh.interceptors import chain
 from mesh.ops import OpsServer
 from mesh.sealing import Seal
 from mesh.server import AddServicer, GrpcServer
+from mesh.tls import opened
 from mesh.topology import EVENTS
 
 
@@ -152,6 +153,7 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
     cache = Cache(config.redis_url, clock) if config.redis_url else None
     try:
         async with (
+            opened(config.tls) as tls,
             announcer(config.redis_url, clock) as revocations,
             IssuerClient(clock, allow_private=config.allow_private_issuers) as issuer_client,
             asyncio.TaskGroup() as tasks,
@@ -236,6 +238,7 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
                 ),
                 reflect=config.reflection,
                 drain_s=config.drain_s,
+                tls=tls,
             )
             host, _, port = config.ops_address.rpartition(":")
             ops_server = OpsServer(int(port), {"database": database.check}, host=host)

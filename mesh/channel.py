@@ -5,9 +5,11 @@ Each call carries the request id, the credential, the trace and what is left of 
 """
 
 import asyncio
+import functools
 import json
+from collections import Counter
 from collections.abc import AsyncIterable, Callable
-from typing import Any
+from typing import Any, Self
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
@@ -17,6 +19,7 @@ from opentelemetry import propagate
 from mesh import context as call
 from mesh.request_signatures import METADATA as SIGNATURE_METADATA
 from mesh.server import MESSAGE_BYTES
+from mesh.tls import Tls, dns_name
 
 # So that the callee's own "deadline exceeded", which can say why, is back before ours.
 _SHAVED_S = 0.02
@@ -41,14 +44,28 @@ _OPTIONS = [
 ]
 
 
-def connect(target: str, *services: ServiceDescriptor) -> grpc.aio.Channel:
-    """A channel to `target` ("host:port", "dns:///name:port" or "unix:/path") for calls of `services`.
+def connect(target: str, *services: ServiceDescriptor, tls: Tls | None = None) -> grpc.aio.Channel:
+    """A channel to `target` ("host:port", "dns:///name:port" or "unix:/path") for calls of `services`, all of one peer.
 
-    It connects when it is first used, and again whenever the peer was away.
+    It connects when it is first used, and again whenever the peer was away. With `tls` the peer must have the
+    certificate of the service whose contracts these are, and calls that begin after a renewal of ours have the new one.
     """
-    options = [*_OPTIONS, ("grpc.service_config", json.dumps(service_config(*services)))]
+    options: list[tuple[str, Any]] = [*_OPTIONS, ("grpc.service_config", json.dumps(service_config(*services)))]
     interceptors: list[Any] = [_UnaryUnary(), _UnaryStream()]
-    return grpc.aio.insecure_channel(target, options=options, interceptors=interceptors)
+    if tls is None:
+        return grpc.aio.insecure_channel(target, options=options, interceptors=interceptors)
+    # Whatever it is called in the target: an address says nothing of who is there.
+    options.append(("grpc.ssl_target_name_override", dns_name(_peer_of(*services))))
+    return _RenewedChannel(
+        lambda: grpc.aio.secure_channel(target, tls.channel_credentials(), options=options, interceptors=interceptors),
+        tls,
+    )
+
+
+def _peer_of(*services: ServiceDescriptor) -> str:
+    """The service of the platform that serves contracts: the one that their package is named after."""
+    (name,) = {service.full_name.split(".")[1] for service in services}
+    return name
 
 
 def service_config(*services: ServiceDescriptor) -> dict[str, Any]:
@@ -120,3 +137,92 @@ class _UnaryStream(grpc.aio.UnaryStreamClientInterceptor):  # type: ignore[type-
     ) -> AsyncIterable[Any]:
         answer: AsyncIterable[Any] = await continuation(_with_context(details, None), request)
         return answer
+
+
+class _RenewedChannel(grpc.aio.Channel):
+    """A channel whose calls begin with the newest certificate, and end on the connection that they began on: gRPC's
+    own keep the certificate that they were made with."""
+
+    def __init__(self, open_channel: Callable[[], grpc.aio.Channel], tls: Tls) -> None:
+        self._open = open_channel
+        self._tls = tls
+        self._generation = tls.generation
+        self._newest = open_channel()
+        self._calls: Counter[grpc.aio.Channel] = Counter()
+        self._farewells: set[asyncio.Task[None]] = set()
+        self._is_closed = False
+
+    def newest(self) -> grpc.aio.Channel:
+        """The channel for calls that begin now."""
+        if self._generation != self._tls.generation and not self._is_closed:
+            self._generation = self._tls.generation
+            former, self._newest = self._newest, self._open()
+            self._leave(former)
+        return self._newest
+
+    def begin(self, channel: grpc.aio.Channel, call: Any) -> None:
+        """Keep a channel open until a call on it has ended."""
+        self._calls[channel] += 1
+        call.add_done_callback(functools.partial(self._end, channel))
+
+    def _end(self, channel: grpc.aio.Channel, _: object) -> None:
+        self._calls[channel] -= 1
+        if channel is not self._newest:
+            self._leave(channel)
+
+    def _leave(self, former: grpc.aio.Channel) -> None:
+        if self._calls[former]:
+            return
+        del self._calls[former]
+        farewell = asyncio.get_running_loop().create_task(former.close(None))
+        self._farewells.add(farewell)
+        farewell.add_done_callback(self._farewells.discard)
+
+    async def close(self, grace: float | None = None) -> None:
+        self._is_closed = True
+        await asyncio.gather(*(channel.close(grace) for channel in {self._newest, *self._calls}), *self._farewells)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
+        return self.newest().get_state(try_to_connect)
+
+    async def wait_for_state_change(self, last_observed_state: grpc.ChannelConnectivity) -> None:
+        await self.newest().wait_for_state_change(last_observed_state)
+
+    async def channel_ready(self) -> None:
+        await self.newest().channel_ready()
+
+    def unary_unary(self, method: str, *arguments: Any, **options: Any) -> Any:
+        return _Rpc(self, lambda channel: channel.unary_unary(method, *arguments, **options))
+
+    def unary_stream(self, method: str, *arguments: Any, **options: Any) -> Any:
+        return _Rpc(self, lambda channel: channel.unary_stream(method, *arguments, **options))
+
+    def stream_unary(self, method: str, *arguments: Any, **options: Any) -> Any:
+        return _Rpc(self, lambda channel: channel.stream_unary(method, *arguments, **options))
+
+    def stream_stream(self, method: str, *arguments: Any, **options: Any) -> Any:
+        return _Rpc(self, lambda channel: channel.stream_stream(method, *arguments, **options))
+
+
+class _Rpc:
+    """An RPC of a channel that is another one after a renewal."""
+
+    def __init__(self, renewed: _RenewedChannel, bind: Callable[[grpc.aio.Channel], Callable[..., Any]]) -> None:
+        self._renewed = renewed
+        self._bind = bind
+        self._channel = renewed.newest()
+        self._call = bind(self._channel)
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        channel = self._renewed.newest()
+        if channel is not self._channel:
+            self._channel, self._call = channel, self._bind(channel)
+        call = self._call(*arguments, **options)
+        self._renewed.begin(channel, call)
+        return call

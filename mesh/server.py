@@ -11,6 +11,9 @@ from grpc_health.v1._async import HealthServicer
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_NAME
 from grpc_reflection.v1alpha import reflection
 
+from mesh.interceptors.peer import PeerInterceptor
+from mesh.tls import Tls
+
 MESSAGE_BYTES = 8 << 20
 
 # From "not serving" to the end of listening.
@@ -43,7 +46,8 @@ class AddressInUseError(Exception):
 class GrpcServer:
     """A server for `services`: (descriptor, generated add function, servicer) each.
 
-    `address` is "host:port" or "unix:/path". `drain_s` is how long running calls may take to end.
+    `address` is "host:port" or "unix:/path". `drain_s` is how long running calls may take to end. With `tls` only
+    services that have a certificate are let in, each to the RPCs that are for it.
     """
 
     def __init__(
@@ -54,10 +58,13 @@ class GrpcServer:
         *,
         reflect: bool = False,
         drain_s: float = 30.0,
+        tls: Tls | None = None,
     ) -> None:
         self._address = address
         self._drain_s = drain_s
-        self._server = grpc.aio.server(interceptors=list(interceptors), options=_OPTIONS)
+        self._tls = tls
+        judges = [] if tls is None else [PeerInterceptor()]
+        self._server = grpc.aio.server(interceptors=[*interceptors, *judges], options=_OPTIONS)
         for _, add, servicer in services:
             add(servicer, self._server)
         # The empty name stands for the whole server; channels watch it.
@@ -71,7 +78,10 @@ class GrpcServer:
     async def start(self) -> None:
         """Listen and serve. Raises AddressInUseError."""
         try:
-            self._server.add_insecure_port(self._address)
+            if self._tls is None:
+                self._server.add_insecure_port(self._address)
+            else:
+                self._server.add_secure_port(self._address, self._tls.server_credentials())
         except RuntimeError as error:
             raise AddressInUseError(
                 f"{self._address} cannot be listened on: another process uses it, or it is not an address of this host."

@@ -1,11 +1,12 @@
 """What the router is told by its environment, read once at start; it never says how any of it is used."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import msgspec
 
 from mesh.config import setting
+from mesh.tls import TlsConfig
 
 
 @dataclass(frozen=True)
@@ -92,3 +93,8 @@ class RouterConfig:
     trace_ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] = setting(
         "AIAAS_TRACE_RATIO", "share of requests that are traced, 0 to 1", default=0.01
     )
+    tls: TlsConfig = field(default_factory=TlsConfig)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for an address beyond this machine without TLS."""
+        self.tls.check(AIAAS_ROUTER_GRPC_ADDRESS=self.grpc_address, AIAAS_ROUTER_IDENTITY_TARGET=self.identity_target)

@@ -29,7 +29,9 @@ from google.protobuf.message import Message
 from aiaas.router.v1 import journal_service_pb2 as pb
 from aiaas.router.v1.journal_service_pb2_grpc import JournalServiceStub
 from mesh.channel import connect
+from mesh.config import ConfigError, load
 from mesh.errors import PlatformError, Reason, from_rpc_error
+from mesh.tls import CertificateError, TlsConfig, opened
 from router.journal import hold
 from router.journal_log import read_log
 from router.journal_queries import sum_up
@@ -110,7 +112,7 @@ def main(argv: Sequence[str]) -> int:
         return _failed(from_rpc_error(error).message)
     except PlatformError as error:
         return _failed(error.message)
-    except (JournalError, lmdb.Error, OSError) as error:
+    except (JournalError, CertificateError, ConfigError, lmdb.Error, OSError) as error:
         return _failed(str(error))
     return 0
 
@@ -143,7 +145,9 @@ def _moment(text: str) -> datetime:
 
 
 async def _with_target(arguments: argparse.Namespace) -> None:
-    async with connect(arguments.target, pb.DESCRIPTOR.services_by_name["JournalService"]) as channel:
+    service = pb.DESCRIPTOR.services_by_name["JournalService"]
+    # By the certificate of the router beside which it is typed.
+    async with opened(load(TlsConfig, os.environ)) as tls, connect(arguments.target, service, tls=tls) as channel:
         await _answer(_Remote(JournalServiceStub(channel)), arguments)
 
 

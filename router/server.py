@@ -51,6 +51,7 @@ from mesh.request_signatures import RemoteVerifier
 from mesh.revocations import listen, watch
 from mesh.scripts import Scripts
 from mesh.server import AddServicer, GrpcServer
+from mesh.tls import opened
 from mesh.topology import USAGE
 from router.backend_service import BackendService
 from router.backends import CREDENTIAL_PREFIX, Registry
@@ -89,8 +90,8 @@ async def serve(
     """Serve until `stop` is set, then drain. `announce` gets the relays once they can be opened: an edge in the same
     process opens one without gRPC.
 
-    Raises mesh.server.AddressInUseError, OSError for a taken operations port, and the group of what ended a background
-    task, of which none may end before the process does.
+    Raises mesh.tls.CertificateError, mesh.server.AddressInUseError, OSError for a taken operations port, and the group
+    of what ended a background task, of which none may end before the process does.
     """
     clock = SystemClock()
     random = secrets.SystemRandom()
@@ -105,12 +106,14 @@ async def serve(
         kept_answers = Scripts(config.redis_url, clock, IDEMPOTENCY, timeout_s=_KEPT_ANSWERS_TIMEOUT_S)
         broker = Broker(config.amqp_url, USAGE)
         resources.push_async_callback(broker.close)
+        tls = await resources.enter_async_context(opened(config.tls))
         identity = await resources.enter_async_context(
             connect(
                 config.identity_target,
                 auth_service_pb2.DESCRIPTOR.services_by_name["AuthService"],
                 budget_service_pb2.DESCRIPTOR.services_by_name["BudgetService"],
                 request_signing_service_pb2.DESCRIPTOR.services_by_name["RequestSigningService"],
+                tls=tls,
             )
         )
         upstream = await resources.enter_async_context(HttpUpstream(credentials))
@@ -186,6 +189,7 @@ async def serve(
             chain(authenticator, signatures=signatures, traced=config.otlp_endpoint is not None),
             reflect=config.reflection,
             drain_s=config.drain_s,
+            tls=tls,
         )
         ops_host, _, ops_port = config.ops_address.rpartition(":")
         ops_server = OpsServer(int(ops_port), {"registry": registry.check_loaded}, host=ops_host)

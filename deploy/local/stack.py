@@ -12,6 +12,7 @@ from typing import Any
 import aiohttp
 
 from deploy.local import engines
+from deploy.local.certificates import issue
 from deploy.local.engines import HOST, Engine, http_probe, python_paths
 from deploy.local.errors import LocalError
 from deploy.local.ports import free_port, require_free
@@ -61,6 +62,8 @@ class Stack:
     grpc: Mapping[str, str]
     # host:port of /health, /ready and /metrics, by service.
     ops: Mapping[str, str]
+    # What makes a process one of the services, or "tool", to the others: the variables of its certificate.
+    certificates: Mapping[str, Mapping[str, str]]
 
 
 @contextlib.asynccontextmanager
@@ -111,6 +114,7 @@ class _Composition:
         self.rabbitmq = RabbitMQ(self.state)
         self.seaweedfs = SeaweedFS(self.state)
         self.account = self.state.account_for(*python_paths())
+        self.certificates = issue(self.state)
 
     async def start(self, engine: str, chat_replicas: int) -> Stack:
         backends: list[Engine] = []
@@ -150,6 +154,7 @@ class _Composition:
             seaweedfs=self.seaweedfs,
             grpc=self.grpc,
             ops=self.ops,
+            certificates=self.certificates,
         )
         with self._step("backends"):
             await register(stack)
@@ -187,7 +192,7 @@ class _Composition:
     def _environment(self, service: str) -> dict[str, str]:
         """What the service's config.py reads."""
         if service == "gateway":
-            return self._environment("router") | self._environment("edge")
+            return self._environment("router") | self._environment("edge") | self.certificates["gateway"]
         upper = service.upper()
         own = {f"AIAAS_{upper}_{peer.upper()}_TARGET": self.grpc[peer] for peer in PEERS[service]}
         if service == "edge":
@@ -214,6 +219,7 @@ class _Composition:
                 # Whoever tries webhooks here receives them here.
                 "AIAAS_ANALYTICS_WEBHOOK_ALLOW_PRIVATE": "true",
             }
+        own |= self.certificates[service]
         return {"AIAAS_LOG_LEVEL": "INFO", f"AIAAS_{upper}_DRAIN_S": "5", **own, **self.settings}
 
     @contextlib.contextmanager

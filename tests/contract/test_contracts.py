@@ -52,6 +52,21 @@ AUTHENTICATED = frozenset(
     }
 )
 
+# Which services may call what is internal; whoever adds to this opens a door to the services alone.
+CALLERS = {
+    "aiaas.identity.v1.AuditService.RecordAuditEntries": {"router", "analytics", "edge"},
+    "aiaas.identity.v1.AuthService": {"router", "analytics", "edge"},
+    "aiaas.identity.v1.BudgetService": {"router"},
+    "aiaas.identity.v1.BudgetService.QueryLedger": {"analytics"},
+    "aiaas.identity.v1.FederationService": {"edge"},
+    "aiaas.identity.v1.OauthService": {"edge"},
+    "aiaas.identity.v1.PolicyService.Decide": {"router", "analytics"},
+    "aiaas.identity.v1.RequestSigningService.VerifyRequestSignature": {"router", "analytics"},
+    "aiaas.router.v1.InferenceService.Relay": {"edge"},
+    "aiaas.router.v1.JournalService": {"router", "analytics"},
+    "aiaas.router.v1.RouterService": {"analytics"},
+}
+
 # What needs a permission and names no organization: the platform's own resources, and inference, which acts in the
 # organization of the credential. The object-level check has nothing to compare here, so this too is written out.
 WITHOUT_ORGANIZATION = frozenset(
@@ -144,6 +159,25 @@ def test_only_the_listed_rpcs_need_no_permission() -> None:
 
 def test_internal_rpcs_are_not_reachable_through_rest() -> None:
     assert [method.full_name for method, _ in _bound() if _access(method) == "internal"] == []
+
+
+def _callers(method: MethodDescriptor) -> set[str]:
+    return {options_pb2.Service.Name(caller).removeprefix("SERVICE_").lower() for caller in _policy(method).callers}
+
+
+def test_internal_rpcs_name_the_listed_services_as_callers() -> None:
+    internal = [method for method in METHODS if _access(method) == "internal"]
+    listed = {
+        method.full_name: CALLERS.get(method.full_name, CALLERS.get(method.full_name.rpartition(".")[0]))
+        for method in internal
+    }
+    assert {method.full_name: _callers(method) for method in internal} == listed
+
+
+def test_only_internal_rpcs_name_callers_and_tools_are_none_of_them() -> None:
+    named = [method for method in METHODS if _callers(method)]
+    assert [method.full_name for method in named if _access(method) != "internal"] == []
+    assert [method.full_name for method in named if _callers(method) & {"tool", "unspecified"}] == []
 
 
 def test_rest_verbs_are_allowed_and_carry_bodies_as_they_should() -> None:

@@ -213,7 +213,8 @@ async def start_gateway(stack: Stack, state: State, settings: dict[str, str], ro
         command=(sys.executable, "-m", "gateway", "serve"),
         folder=state.folder("gateway"),
         account=state.account_for(*python_paths()),
-        environment=environment | settings,
+        # An older checkout, to compare with, may know no certificates.
+        environment=environment | dict(getattr(stack, "certificates", {}).get("gateway", {})) | settings,
         probe=http_probe(port, "/ready"),
         needs=("identity", "postgres", "valkey", "rabbitmq"),
     )

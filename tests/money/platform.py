@@ -19,11 +19,14 @@ import asyncpg
 import grpc.aio
 from redis.asyncio import Redis
 
-from aiaas.router.v1 import journal_service_pb2_grpc
+from aiaas.router.v1 import journal_service_pb2, journal_service_pb2_grpc
 from deploy.local import supervisor as local_supervisor
 from deploy.local.processes import family
 from deploy.local.stack import Stack, running
 from deploy.local.state import State
+from mesh.channel import connect
+from mesh.config import load
+from mesh.tls import TlsConfig, opened
 from tests.load.host import LIMITS, MODEL, call, register
 from tests.load.native import CHECKOUT, FakeEngine, fake_engine
 from tests.money.checker import Books, Finding, check, read_analytics, read_journal, read_ledger
@@ -182,7 +185,16 @@ class Platform:
     async def books(self) -> Books:
         """All that is written down by now."""
         books = Books(slots=await self.slots())
-        async with grpc.aio.insecure_channel(self.stack.grpc["router"]) as channel:
+        # Of the services, those that compare books may read a journal.
+        tls = load(TlsConfig, self.stack.certificates["analytics"])
+        async with (
+            opened(tls) as certificate,
+            connect(
+                self.stack.grpc["router"],
+                journal_service_pb2.DESCRIPTOR.services_by_name["JournalService"],
+                tls=certificate,
+            ) as channel,
+        ):
             await read_journal(journal_service_pb2_grpc.JournalServiceStub(channel), books)
         await read_analytics(self.stack.postgres.url("analytics"), books)
         await read_ledger(self.stack.postgres.url("identity"), books)

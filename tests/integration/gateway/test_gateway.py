@@ -134,7 +134,7 @@ def test_wrong_configuration_of_either_half_is_named() -> None:
 
 def test_gateway_has_one_worker() -> None:
     environ = {
-        f"AIAAS_{name}": "x:1"
+        f"AIAAS_{name}": "127.0.0.1:1"
         for name in (
             "EDGE_IDENTITY_TARGET",
             "EDGE_ROUTER_TARGET",

@@ -19,11 +19,13 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from aiaas.router.v1 import journal_service_pb2 as pb
 from aiaas.router.v1.journal_service_pb2_grpc import JournalServiceStub, add_JournalServiceServicer_to_server
 from aiaas.type.v1.usage_event_pb2 import TokenUsage, UsageEvent, UsageEventBatch
+from deploy.local.certificates import Authority
 from mesh.auth import CachedAuthenticator
 from mesh.broker import Broker
 from mesh.errors import PlatformError, Reason, from_rpc_error
 from mesh.interceptors import chain
 from mesh.server import GrpcServer
+from mesh.tls import Tls
 from mesh.topology import USAGE
 from router import journal_cli
 from router.journal import Journal
@@ -32,6 +34,7 @@ from router.publisher import Publishing, UsagePublisher
 from tests.conftest import Servers
 from tests.doubles.clock import ManualClock
 from tests.doubles.tcp_gate import TcpGate
+from tests.integration.mesh.certificates import Files
 
 NOW = datetime(2026, 11, 20, 12, tzinfo=UTC)
 
@@ -90,7 +93,7 @@ class Serving:
 
 
 @contextlib.asynccontextmanager
-async def serving(folder: Path, broker: Publishing) -> AsyncIterator[Serving]:
+async def serving(folder: Path, broker: Publishing, tls: Tls | None = None) -> AsyncIterator[Serving]:
     clock = ManualClock(NOW)
     journal = Journal(folder / "journal", 64 << 20, clock, lambda _: None)
     publisher = UsagePublisher(broker, journal, Random(1))
@@ -107,6 +110,7 @@ async def serving(folder: Path, broker: Publishing) -> AsyncIterator[Serving]:
         ],
         chain(CachedAuthenticator(nobody, clock, Random(1))),
         drain_s=1,
+        tls=tls,
     )
     await server.start()
     tasks = [asyncio.create_task(journal.run()), asyncio.create_task(publisher.run())]
@@ -279,6 +283,24 @@ async def test_command_line_asks_a_router_that_runs(served: Serving, capsys: pyt
     totals = await run("totals", "--since", "2026-11-20T13:00", "--until", "2026-11-20T14:00+00:00")
     assert [total["requests"] for total in totals] == ["1", "1", "1"]
     assert await run("replay", "--request", "req_1", "--request", "req_2") == [{"entries": "2"}]
+
+
+async def test_command_line_has_the_certificate_of_its_router(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority = Authority.make()
+    certificates = Files(tmp_path / "router"), Files(tmp_path / "tool")
+    for service, files in zip(("router", "tool"), certificates, strict=True):
+        files.put(authority.issue(service), authority)
+    clock = ManualClock(NOW)
+    arguments = ["status", "--target", f"unix:{tmp_path}/router.sock"]
+    async with serving(tmp_path, AwayBroker(), Tls(certificates[0].config, clock)):
+        seen = []
+        for files in certificates:
+            for name in ("certificate", "key", "ca"):
+                monkeypatch.setenv(f"AIAAS_TLS_{name.upper()}_PATH", str(getattr(files, name)))
+            seen.append((await asyncio.to_thread(journal_cli.main, arguments), capsys.readouterr().err))
+    assert seen == [(0, ""), (1, "journal: The certificate of this caller is not for this call.\n")]
 
 
 async def test_command_line_reads_the_folder_of_a_killed_router_and_leaves_it_as_it_is(

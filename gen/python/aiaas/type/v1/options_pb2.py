@@ -25,15 +25,17 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import descriptor_pb2 as google_dot_protobuf_dot_descriptor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x61iaas/type/v1/options.proto\x12\raiaas.type.v1\x1a google/protobuf/descriptor.proto\"\xb5\x01\n\x0cMethodPolicy\x12\x14\n\npermission\x18\x01 \x01(\tH\x00\x12\x10\n\x06public\x18\x02 \x01(\x08H\x00\x12\x17\n\rauthenticated\x18\x03 \x01(\x08H\x00\x12\x12\n\x08internal\x18\x04 \x01(\x08H\x00\x12(\n\x04rest\x18\x05 \x01(\x0b\x32\x1a.aiaas.type.v1.RestBinding\x12\x1c\n\x14\x61\x63ross_organizations\x18\x07 \x01(\x08\x42\x08\n\x06\x61\x63\x63\x65ss\"7\n\x0bRestBinding\x12\x0c\n\x04verb\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0c\n\x04\x62ody\x18\x03 \x01(\t:M\n\x06policy\x12\x1e.google.protobuf.MethodOptions\x18\xc5\x8a\x03 \x01(\x0b\x32\x1b.aiaas.type.v1.MethodPolicyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x61iaas/type/v1/options.proto\x12\raiaas.type.v1\x1a google/protobuf/descriptor.proto\"\xde\x01\n\x0cMethodPolicy\x12\x14\n\npermission\x18\x01 \x01(\tH\x00\x12\x10\n\x06public\x18\x02 \x01(\x08H\x00\x12\x17\n\rauthenticated\x18\x03 \x01(\x08H\x00\x12\x12\n\x08internal\x18\x04 \x01(\x08H\x00\x12(\n\x04rest\x18\x05 \x01(\x0b\x32\x1a.aiaas.type.v1.RestBinding\x12\'\n\x07\x63\x61llers\x18\x06 \x03(\x0e\x32\x16.aiaas.type.v1.Service\x12\x1c\n\x14\x61\x63ross_organizations\x18\x07 \x01(\x08\x42\x08\n\x06\x61\x63\x63\x65ss\"7\n\x0bRestBinding\x12\x0c\n\x04verb\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0c\n\x04\x62ody\x18\x03 \x01(\t*\x87\x01\n\x07Service\x12\x17\n\x13SERVICE_UNSPECIFIED\x10\x00\x12\x14\n\x10SERVICE_IDENTITY\x10\x01\x12\x12\n\x0eSERVICE_ROUTER\x10\x02\x12\x15\n\x11SERVICE_ANALYTICS\x10\x03\x12\x10\n\x0cSERVICE_EDGE\x10\x04\x12\x10\n\x0cSERVICE_TOOL\x10\x05:M\n\x06policy\x12\x1e.google.protobuf.MethodOptions\x18\xc5\x8a\x03 \x01(\x0b\x32\x1b.aiaas.type.v1.MethodPolicyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'aiaas.type.v1.options_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_SERVICE']._serialized_start=363
+  _globals['_SERVICE']._serialized_end=498
   _globals['_METHODPOLICY']._serialized_start=81
-  _globals['_METHODPOLICY']._serialized_end=262
-  _globals['_RESTBINDING']._serialized_start=264
-  _globals['_RESTBINDING']._serialized_end=319
+  _globals['_METHODPOLICY']._serialized_end=303
+  _globals['_RESTBINDING']._serialized_start=305
+  _globals['_RESTBINDING']._serialized_end=360
 # @@protoc_insertion_point(module_scope)

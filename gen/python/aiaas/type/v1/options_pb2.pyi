@@ -3,9 +3,12 @@
 isort:skip_file
 Types that every service shares: the policy of an RPC, the principal, tokens, periods and ranges of time."""
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pb2 as _descriptor_pb2
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf.internal import extension_dict as _extension_dict
 import builtins as _builtins
 import sys
@@ -17,6 +20,46 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _Service:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ServiceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Service.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SERVICE_UNSPECIFIED: _Service.ValueType  # 0
+    """Nobody."""
+    SERVICE_IDENTITY: _Service.ValueType  # 1
+    """identity.aiaas.internal."""
+    SERVICE_ROUTER: _Service.ValueType  # 2
+    """router.aiaas.internal."""
+    SERVICE_ANALYTICS: _Service.ValueType  # 3
+    """analytics.aiaas.internal."""
+    SERVICE_EDGE: _Service.ValueType  # 4
+    """edge.aiaas.internal."""
+    SERVICE_TOOL: _Service.ValueType  # 5
+    """tool.aiaas.internal: what people and their programs call gRPC with, inside the network. It may do what its
+    credential may, and nothing internal.
+    """
+
+class Service(_Service, metaclass=_ServiceEnumTypeWrapper):
+    """Who calls over gRPC. A certificate says it by a DNS name, for example router.aiaas.internal."""
+
+SERVICE_UNSPECIFIED: Service.ValueType  # 0
+"""Nobody."""
+SERVICE_IDENTITY: Service.ValueType  # 1
+"""identity.aiaas.internal."""
+SERVICE_ROUTER: Service.ValueType  # 2
+"""router.aiaas.internal."""
+SERVICE_ANALYTICS: Service.ValueType  # 3
+"""analytics.aiaas.internal."""
+SERVICE_EDGE: Service.ValueType  # 4
+"""edge.aiaas.internal."""
+SERVICE_TOOL: Service.ValueType  # 5
+"""tool.aiaas.internal: what people and their programs call gRPC with, inside the network. It may do what its
+credential may, and nothing internal.
+"""
+Global___Service: _TypeAlias = Service  # noqa: Y015
 
 @_typing.final
 class MethodPolicy(_message.Message):
@@ -31,6 +74,7 @@ class MethodPolicy(_message.Message):
     AUTHENTICATED_FIELD_NUMBER: _builtins.int
     INTERNAL_FIELD_NUMBER: _builtins.int
     REST_FIELD_NUMBER: _builtins.int
+    CALLERS_FIELD_NUMBER: _builtins.int
     ACROSS_ORGANIZATIONS_FIELD_NUMBER: _builtins.int
     permission: _builtins.str
     """The permission a principal must hold, named resource.verb, for example "api_keys.create"."""
@@ -48,6 +92,12 @@ class MethodPolicy(_message.Message):
     def rest(self) -> Global___RestBinding:
         """How the edge offers the RPC over REST. Absent: gRPC only."""
 
+    @_builtins.property
+    def callers(self) -> _containers.RepeatedScalarFieldContainer[Global___Service.ValueType]:
+        """Whose certificates may call, where services talk over TLS. An internal RPC names them; any other that names none is
+        for the edge and for tools, whose users have credentials.
+        """
+
     def __init__(
         self,
         *,
@@ -56,11 +106,12 @@ class MethodPolicy(_message.Message):
         authenticated: _builtins.bool = ...,
         internal: _builtins.bool = ...,
         rest: Global___RestBinding | None = ...,
+        callers: _abc.Iterable[Global___Service.ValueType] | None = ...,
         across_organizations: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "authenticated", b"authenticated", "internal", b"internal", "permission", b"permission", "public", b"public", "rest", b"rest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "across_organizations", b"across_organizations", "authenticated", b"authenticated", "internal", b"internal", "permission", b"permission", "public", b"public", "rest", b"rest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "across_organizations", b"across_organizations", "authenticated", b"authenticated", "callers", b"callers", "internal", b"internal", "permission", b"permission", "public", b"public", "rest", b"rest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_access: _TypeAlias = _typing.Literal["permission", "public", "authenticated", "internal"]  # noqa: Y015
     _WhichOneofArgType_access: _TypeAlias = _typing.Literal["access", b"access"]  # noqa: Y015
