@@ -6,8 +6,10 @@ The rules come from the contracts: each RPC declares its `aiaas.type.v1.policy`,
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import OrderedDict
+from collections.abc import Mapping
 from contextvars import Context
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -226,6 +228,14 @@ class _Entry:
     fresh_until: float
 
 
+@dataclass(frozen=True, slots=True)
+class Confirmed:
+    """A principal, and when its source confirmed it last, in seconds since the epoch."""
+
+    principal: Principal
+    confirmed_at: float
+
+
 class CachedAuthenticator:
     """Remembers principals, so that identity is asked once a minute for each credential and not once a request.
 
@@ -262,6 +272,9 @@ class CachedAuthenticator:
         self._tasks: set[asyncio.Task[Principal | PlatformError]] = set()
         self._invalidations = 0
         self._away_until = float("-inf")
+        # By digest, since they were taken last; None is forgotten. None at all while nobody takes them.
+        self._changes: dict[bytes, Confirmed | None] | None = None
+        self._forgot = asyncio.Event()
 
     @property
     def invalidations(self) -> int:
@@ -347,6 +360,34 @@ class CachedAuthenticator:
             entry.expires_at = min(entry.expires_at, now)
             entry.fresh_until = min(entry.fresh_until, now)
 
+    def restore(self, known: Mapping[bytes, Confirmed]) -> None:
+        """Begin with principals by the digests of their credentials, none of which serves before the source was asked,
+        unless that is away. From now on changes are kept for `take_changes`."""
+        monotonic, now = self._clock.monotonic(), self._clock.now().timestamp()
+        self._changes = {}
+        for digest, entry in known.items():
+            expires_at = min(monotonic, monotonic + self._ttl_s - (now - entry.confirmed_at))
+            if expires_at + self._stale_s <= monotonic or len(self._entries) >= self._max_entries:
+                self._changes[digest] = None
+                continue
+            self._entries[digest] = _Entry(entry.principal, expires_at, expires_at)
+            if entry.principal.api_key_id:
+                self._digests.setdefault(entry.principal.api_key_id, set()).add(digest)
+
+    def take_changes(self) -> dict[bytes, Confirmed | None]:
+        """What was confirmed (or, None, forgotten) since this was called last, by the credentials' digests."""
+        taken = self._changes or {}
+        if taken:
+            self._changes = {}
+        self._forgot.clear()
+        return taken
+
+    async def wait_for_change(self, timeout_s: float) -> None:
+        """Returns when something was forgotten, or after `timeout_s`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._forgot.wait()
+
     async def close(self) -> None:
         """End the look-ups that are still under way."""
         tasks = list(self._tasks)
@@ -420,7 +461,7 @@ class CachedAuthenticator:
         known = self._entries.get(digest)
         if known is not None and known.principal == outcome:
             outcome = known.principal
-        self._forget(digest)
+        self._drop(digest)
         # Jitter only shortens: a revocation whose push was lost must not outlive the TTL.
         expires_at = fresh_until = now + self._ttl_s * self._random.uniform(0.8, 1.0)
         if outcome.expire_time is not None:
@@ -428,6 +469,8 @@ class CachedAuthenticator:
             left_s = (outcome.expire_time - self._clock.now()).total_seconds()
             fresh_until = min(expires_at, now + left_s)
         self._entries[digest] = _Entry(outcome, expires_at, fresh_until)
+        if self._changes is not None:
+            self._changes[digest] = Confirmed(outcome, self._clock.now().timestamp())
         if outcome.api_key_id:
             self._digests.setdefault(outcome.api_key_id, set()).add(digest)
         if len(self._entries) > self._max_entries:
@@ -435,6 +478,12 @@ class CachedAuthenticator:
         return outcome
 
     def _forget(self, digest: bytes) -> None:
+        if self._changes is not None and digest in self._entries:
+            self._changes[digest] = None
+            self._forgot.set()
+        self._drop(digest)
+
+    def _drop(self, digest: bytes) -> None:
         entry = self._entries.pop(digest, None)
         if entry is None or not entry.principal.api_key_id:
             return

@@ -259,13 +259,15 @@ class Registry:
         self._lock = asyncio.Lock()
         self._states: dict[str, BackendState] = {}
         self.snapshot = Snapshot({}, {}, {}, MappingProxyType({}))
+        self.content: RegistryContent | None = None
+        """What was read last; None before."""
         self.changed = asyncio.Event()
         """Set whenever the content has changed; whoever waits for it clears it."""
 
     @property
     def loaded(self) -> bool:
-        """Whether the content was read at least once."""
-        return self._revision is not None
+        """Whether the content was read at least once, now or by a former run."""
+        return self.content is not None
 
     async def check_loaded(self) -> None:
         """For readiness. Raises PlatformError(UNAVAILABLE) until the first load."""
@@ -291,6 +293,10 @@ class Registry:
                 if unpriced := self.snapshot.unpriced_models(self._clock.now()):
                     logger.warning("models without a price cannot be used: %s", ", ".join(unpriced))
 
+    def restore(self, content: RegistryContent) -> None:
+        """Begin with what a former run has read, until it can be read anew."""
+        self._replace(content)
+
     async def run(self) -> None:
         """Poll for changes until cancelled. While PostgreSQL is away, the last known content goes on serving."""
         away = False
@@ -309,6 +315,7 @@ class Registry:
             await asyncio.sleep(self._poll_s)
 
     def _replace(self, content: RegistryContent) -> None:
+        self.content = content
         before = self.snapshot.backends
         backends = {backend.backend_id: backend for backend in content.backends}
         for backend_id in self._states.keys() - backends.keys():

@@ -16,7 +16,7 @@ import contextlib
 import contextvars
 import logging
 import math
-from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Any, NamedTuple, Protocol
 
@@ -174,6 +174,21 @@ class Budgets:
         if not binding.line.locked() and (reservation := self._take(binding, request)) is not None:
             return reservation
         return await self._wait(binding, principal, model, request)
+
+    def unbound_organizations(self) -> list[str]:
+        """The organizations of which it is known that they have no budgets."""
+        return [
+            organization.organization_id
+            for organization in self._organizations.values()
+            if organization.revision is not None and not organization.accounts
+        ]
+
+    def restore(self, organization_ids: Iterable[str]) -> None:
+        """Begin with organizations that had no budgets. Each is asked about when it comes; it goes on without while the
+        ledger is away."""
+        for organization_id in organization_ids:
+            self._organizations[organization_id] = organization = _Organization(organization_id)
+            organization.revision = 0
 
     async def run(self) -> None:
         """Watch for changes, report and extend leases, stop what runs on those that end, until cancelled."""

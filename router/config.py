@@ -57,6 +57,11 @@ class RouterConfig:
     idle_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = setting(
         "AIAAS_ROUTER_IDLE_TIMEOUT_S", "seconds of silence in an answer after which it is broken off", default=60.0
     )
+    unconfirmed_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = setting(
+        "AIAAS_ROUTER_UNCONFIRMED_S",
+        "seconds that credentials which were known go on being accepted while identity is away, beyond the cache's minute",
+        default=900.0,
+    )
     connect_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = setting(
         "AIAAS_ROUTER_CONNECT_TIMEOUT_S", "seconds an engine may take to accept a connection", default=2.0
     )

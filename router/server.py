@@ -76,6 +76,7 @@ from router.router_service import RouterService
 from router.router_store import RouterStore
 from router.routers import Condition, Heartbeats, Replica
 from router.routing import Routing
+from router.snapshot import RouterSnapshot
 from router.store import Store
 from router.upstream import HttpUpstream, Timeouts
 from router.usage import abort_event
@@ -119,7 +120,9 @@ async def serve(
         upstream = await resources.enter_async_context(HttpUpstream(credentials))
 
         identity_auth = auth_service_pb2_grpc.AuthServiceStub(identity)
-        authenticator = CachedAuthenticator(RemoteAuthenticator(identity_auth), clock, random)
+        authenticator = CachedAuthenticator(
+            RemoteAuthenticator(identity_auth), clock, random, stale_s=config.unconfirmed_s
+        )
         resources.push_async_callback(authenticator.close)
         signatures = RemoteVerifier(request_signing_service_pb2_grpc.RequestSigningServiceStub(identity))
 
@@ -146,6 +149,10 @@ async def serve(
             clock,
             journal,
         )
+        known = Path(config.journal_path) / "known"
+        snapshot = RouterSnapshot(known, authenticator, registry, budgets, clock, config.unconfirmed_s)
+        snapshot.restore()
+        resources.callback(snapshot.close)
         engine = Engine(
             registry=registry,
             routing=Routing(random),
@@ -216,6 +223,7 @@ async def serve(
                     ("kept answers", kept_answers.run_connection),
                     ("revocations", functools.partial(listen, redis, authenticator)),
                     ("watched revocations", functools.partial(watch, identity_auth, authenticator)),
+                    ("snapshot", snapshot.run),
                     ("rechecks", Rechecks(authenticator, relays.running, inference_service.running).run),
                 )
             ]
@@ -233,6 +241,7 @@ async def serve(
                 await ops_server.stop()
                 for task in background:
                     task.cancel()
+                await snapshot.write()
 
 
 def _services(
