@@ -59,7 +59,7 @@ class RouterConfig:
     )
     unconfirmed_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = setting(
         "AIAAS_ROUTER_UNCONFIRMED_S",
-        "seconds that credentials which were known go on being accepted while identity is away, beyond the cache's minute",
+        "seconds that known credentials go on being accepted while identity is away, beyond the cache's minute",
         default=900.0,
     )
     connect_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = setting(

@@ -2,8 +2,8 @@
 whether that still holds.
 
 A router that starts while identity and PostgreSQL are away goes on with it: with the registry until it can be read, and
-with principals, and with organizations that had no budgets, for as long as what nobody can confirm may be used. Keys are
-digests of credentials, and no value is a secret. What is forgotten is forgotten on disk at once.
+with principals, and with organizations that had no budgets, for as long as what nobody can confirm may be used. Keys
+are digests of credentials, and no value is a secret. What is forgotten is forgotten on disk at once.
 """
 
 from __future__ import annotations

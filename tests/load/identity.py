@@ -60,6 +60,7 @@ class Calls:
     organizations: OrganizationServiceStub
     users: UserServiceStub
     api_keys: ApiKeyServiceStub
+    target: str
     metadata: tuple[tuple[str, str], ...]
 
     async def ask(self, method: Any, request: Any) -> Any:
@@ -71,11 +72,11 @@ class Calls:
 async def running_identity(state: State, postgres: Postgres, valkey: Valkey) -> AsyncIterator[Calls]:
     """identity as a process on TARGET_CORE, over a database that is migrated already."""
     port = free_port()
-    environment = _environment(postgres, valkey) | {
+    environment = identity_environment(postgres, valkey) | {
         "AIAAS_IDENTITY_GRPC_ADDRESS": f"{HOST}:{port}",
         "AIAAS_IDENTITY_OPS_ADDRESS": f"{HOST}:{free_port()}",
     }
-    made = json.loads(_run(environment, "bootstrap"))
+    made = json.loads(run(environment, "bootstrap"))
     with (state.root / "identity.log").open("wb") as log:
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "identity", env=environment, cwd=CHECKOUT, stderr=log
@@ -90,6 +91,7 @@ async def running_identity(state: State, postgres: Postgres, valkey: Valkey) -> 
                 OrganizationServiceStub(channel),
                 UserServiceStub(channel),
                 ApiKeyServiceStub(channel),
+                f"{HOST}:{port}",
                 (("authorization", f"Bearer {made['secret']}"),),
             )
     finally:
@@ -97,7 +99,7 @@ async def running_identity(state: State, postgres: Postgres, valkey: Valkey) -> 
         await process.wait()
 
 
-def _environment(postgres: Postgres, valkey: Valkey) -> dict[str, str]:
+def identity_environment(postgres: Postgres, valkey: Valkey) -> dict[str, str]:
     key = base64.b64encode(os.urandom(32)).decode()
     return os.environ | {
         "AIAAS_IDENTITY_DATABASE_URL": postgres.url("identity"),
@@ -109,8 +111,9 @@ def _environment(postgres: Postgres, valkey: Valkey) -> dict[str, str]:
     }
 
 
-def _run(environment: dict[str, str], *arguments: str) -> str:
-    command = [sys.executable, "-m", "identity", *arguments]
+def run(environment: dict[str, str], *arguments: str, service: str = "identity") -> str:
+    """What a command of a service prints."""
+    command = [sys.executable, "-m", service, *arguments]
     return subprocess.run(command, env=environment, cwd=CHECKOUT, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
@@ -231,7 +234,7 @@ async def measure(organizations: int, users: int, api_keys: int, seed: int, verd
             await postgres.start(supervisor)
             await valkey.start(supervisor)
             await postgres.database("identity")
-            await asyncio.to_thread(_run, _environment(postgres, valkey), "migrate")
+            await asyncio.to_thread(run, identity_environment(postgres, valkey), "migrate")
             connection = await asyncpg.connect(postgres.admin_url.removesuffix("postgres") + "identity")
             began = time.perf_counter()
             try:
