@@ -1,6 +1,6 @@
 # Everything a person or CI runs. `make up` and `make test` need nothing installed before.
 .DEFAULT_GOAL := help
-.PHONY: help up test test-one-process test-vllm check generate lock bench bench-guard bench-engine bench-identity soak money money-switches
+.PHONY: help up test test-one-process test-vllm check generate lock bench bench-guard bench-engine bench-identity bench-revocations soak money money-switches
 
 PYTHON := .venv/bin/python
 BIN := .venv/bin
@@ -59,6 +59,10 @@ soak: ## 1,000 streams for ten minutes (DURATION_S=600), slow readers among them
 bench-identity: ## identity with 20,000 organizations, 200,000 people and 500,000 keys
 	@deploy/local/bootstrap.sh up
 	@$(PYTHON) -m tests.load.identity
+
+bench-revocations: ## How long two routers still let revoked keys in, and let them stream (TRIALS=200)
+	@deploy/local/bootstrap.sh up
+	@$(PYTHON) -m tests.load.revocations
 
 money: ## Kill every part while money moves, then hold all books against each other (LINES=router,redis, LONG=1, SEED=7)
 	@deploy/local/bootstrap.sh up
