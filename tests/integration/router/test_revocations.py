@@ -151,7 +151,8 @@ async def test_key_that_was_revoked_while_identity_was_away_is_refused_when_it_i
         await log.revoke(KEY_1)
         await identity.start()
         await until(lambda: is_refused(router), within_s=10)
-        assert log.watches[-1] == revision
+        # It goes on where it was; what was told in the moment before identity went may not have arrived.
+        assert log.watches[-1] in (revision - 1, revision)
         assert router.credential == known
 
 
