@@ -19,6 +19,8 @@ from aiaas.identity.v1 import (
     auth_service_pb2_grpc,
     budget_service_pb2,
     budget_service_pb2_grpc,
+    policy_service_pb2,
+    policy_service_pb2_grpc,
     request_signing_service_pb2,
     request_signing_service_pb2_grpc,
 )
@@ -50,6 +52,7 @@ from mesh.clock import SystemClock
 from mesh.database import Database
 from mesh.interceptors import chain
 from mesh.ops import OpsServer
+from mesh.policies import RemoteDecider
 from mesh.request_signatures import RemoteVerifier
 from mesh.revocations import listen, watch
 from mesh.sealing import Seal
@@ -79,6 +82,7 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
                 auth_service_pb2.DESCRIPTOR.services_by_name["AuthService"],
                 budget_service_pb2.DESCRIPTOR.services_by_name["BudgetService"],
                 request_signing_service_pb2.DESCRIPTOR.services_by_name["RequestSigningService"],
+                policy_service_pb2.DESCRIPTOR.services_by_name["PolicyService"],
                 tls=tls,
             )
         )
@@ -88,6 +92,7 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
         identity_auth = auth_service_pb2_grpc.AuthServiceStub(identity)
         authenticator = CachedAuthenticator(RemoteAuthenticator(identity_auth), clock, secrets.SystemRandom())
         resources.push_async_callback(authenticator.close)
+        decider = RemoteDecider(policy_service_pb2_grpc.PolicyServiceStub(identity))
         signatures = RemoteVerifier(request_signing_service_pb2_grpc.RequestSigningServiceStub(identity))
 
         store = UsageStore(database)
@@ -143,7 +148,7 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
                     ReconciliationService(reconciliations, reconciler, clock),
                 ),
             ],
-            chain(authenticator, signatures=signatures, traced=config.otlp_endpoint is not None),
+            chain(authenticator, signatures=signatures, decider=decider, traced=config.otlp_endpoint is not None),
             reflect=config.reflection,
             drain_s=config.drain_s,
             tls=tls,

@@ -12,6 +12,10 @@ _UNRECORDED = Counter(
     "Denied and failed attempts without an audit entry: beyond the bounds (bounded), or not writable (failed).",
     ["why"],
 )
+_UNRECORDED_DECISIONS = Counter(
+    "aiaas_policy_unrecorded_decisions_total",
+    "Decisions of policies that were dropped from the log, as too many waited to be written.",
+)
 _USUAL = {percent: _CROSSED.labels(str(percent)) for percent in (50, 80, 100)}
 _OTHER = _CROSSED.labels("other")
 
@@ -24,3 +28,8 @@ def count_crossed(percent: int) -> None:
 def count_unrecorded(why: str) -> None:
     """Count an attempt that changed nothing and was not recorded: "bounded" or "failed"."""
     _UNRECORDED.labels(why).inc()
+
+
+def count_unrecorded_decisions() -> None:
+    """Count a decision that is not in the log."""
+    _UNRECORDED_DECISIONS.inc()

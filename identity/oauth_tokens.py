@@ -95,6 +95,7 @@ class StoredToken:
     organization_limits: RateLimits
     organization_models: tuple[str, ...]
     holder: Holder | None
+    policy_bound: bool
 
     def what_is_wrong(self, parsed: tokens.ParsedToken, now: datetime) -> str:
         """Why it is not accepted; nothing if it is."""
@@ -132,6 +133,7 @@ class StoredToken:
             platform=is_of_platform and roles.PLATFORM_ADMIN in holder.role_ids,
             expire_time=token.expire_time,
             organization_limits=self.organization_limits,
+            policy_bound=self.policy_bound,
         )
 
 

@@ -55,6 +55,7 @@ class Credential:
     previous_digest: bytes | None = field(default=None, repr=False)
     previous_expire_time: datetime | None = None
     signature_required: bool = False
+    policy_bound: bool = False
 
     def presented(self, parsed: tokens.ParsedToken) -> Credential:
         """The same as the text that was presented has it: the one before the last rotation ends with its overlap."""
@@ -156,6 +157,7 @@ def principal_of(credential: Credential) -> Principal:
         principal_limits=key.rate_limits,
         allowed_networks=key.allowed_networks,
         signature_required=credential.signature_required,
+        policy_bound=credential.policy_bound,
     )
 
 

@@ -27,6 +27,8 @@ from aiaas.identity.v1 import (
     oauth_service_pb2_grpc,
     organization_service_pb2,
     organization_service_pb2_grpc,
+    policy_service_pb2,
+    policy_service_pb2_grpc,
     request_signing_service_pb2,
     request_signing_service_pb2_grpc,
     role_service_pb2,
@@ -78,6 +80,11 @@ from identity.organization_purges import OrganizationPurges
 from identity.organization_service import OrganizationService
 from identity.organizations import Organizations
 from identity.passwords import Passwords
+from identity.policies import Policies
+from identity.policy_decisions import PolicyDecisions
+from identity.policy_dry_runs import PolicyDryRuns
+from identity.policy_judge import PolicyJudge
+from identity.policy_service import PolicyService
 from identity.principals import Principals
 from identity.request_signing import RequestSigning
 from identity.request_signing_service import RequestSigningService
@@ -174,6 +181,8 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
                 store, clock, issuer_client, seal, sessions, f"{config.public_url.rstrip('/')}/sign-in/issuer"
             )
             principals = Principals(store, clock, last_uses, oauth_tokens, sessions)
+            judge = PolicyJudge(clock)
+            policies, decisions = Policies(store, clock, judge), PolicyDecisions(store, clock, judge)
             oauth = OauthService(
                 OauthClients(store, clock),
                 OauthGrants(store, clock),
@@ -222,6 +231,11 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
                         invite_service_pb2_grpc,
                         InviteService(Invites(store, passwords, mail, clock), clock),
                     ),
+                    _served(
+                        policy_service_pb2,
+                        policy_service_pb2_grpc,
+                        PolicyService(policies, decisions, PolicyDryRuns(policies, decisions)),
+                    ),
                     _served(audit_service_pb2, audit_service_pb2_grpc, AuditService(audit)),
                     _served(
                         request_signing_service_pb2,
@@ -233,6 +247,7 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
                 chain(
                     principals,
                     signatures=signing,
+                    decider=decisions,
                     traced=bool(config.otlp_endpoint),
                     witnesses=[AuditInterceptor(audit, clock)],
                 ),
@@ -248,7 +263,7 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
                 await ops_server.start()
                 for run in (
                     *(last_uses.run, overrides.run, leases.run, changes.run, outbox.run, directory.run),
-                    *(audit.run, feed.run, purges.run, oauth_tokens.run, sessions.run, sign_ins.run),
+                    *(audit.run, feed.run, purges.run, oauth_tokens.run, sessions.run, sign_ins.run, decisions.run),
                 ):
                     tasks.create_task(run(ended))
                 await stop.wait()
@@ -259,6 +274,7 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
                 await feed.close()
                 await grpc_server.stop()
                 await ops_server.stop()
+                await judge.close()
                 ended.set()
     finally:
         if cache is not None:

@@ -104,6 +104,7 @@ class StoredSession:
     holder: Holder | None
     issuer_disabled: bool
     mfa_required: bool
+    policy_bound: bool
 
     def what_is_wrong(self, parsed: tokens.ParsedToken, now: datetime) -> str:
         """Why it is not accepted; nothing if it is."""
@@ -138,6 +139,7 @@ class StoredSession:
             platform=is_of_platform and roles.PLATFORM_ADMIN in holder.role_ids and not needs_enrollment,
             expire_time=session.expire_time,
             organization_limits=self.organization_limits,
+            policy_bound=self.policy_bound,
         )
 
 

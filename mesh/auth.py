@@ -125,7 +125,8 @@ class Principal:
 
     `kind` is "user", "service_account" or "api_key", `id` the id of that actor. No `allowed_models` means all,
     no `allowed_networks` (CIDR) means anywhere, no `expire_time` means never. `platform` may act on every organization.
-    With `signature_required`, each request needs a right signature (mesh.request_signatures).
+    With `signature_required`, each request needs a right signature (mesh.request_signatures), with `policy_bound` each
+    call is judged by policies as well (mesh.policies).
     """
 
     kind: str
@@ -142,6 +143,7 @@ class Principal:
     principal_limits: RateLimits = RateLimits()
     allowed_networks: tuple[str, ...] = ()
     signature_required: bool = False
+    policy_bound: bool = False
 
     @classmethod
     def from_proto(cls, message: principal_pb2.Principal) -> Principal:
@@ -164,6 +166,7 @@ class Principal:
             principal_limits=RateLimits.from_proto(message.principal_limits),
             allowed_networks=tuple(message.allowed_networks),
             signature_required=message.signature_required,
+            policy_bound=message.policy_bound,
         )
 
     def to_proto(self) -> principal_pb2.Principal:
@@ -187,6 +190,7 @@ class Principal:
             principal_limits=self.principal_limits.to_proto(),
             allowed_networks=self.allowed_networks,
             signature_required=self.signature_required,
+            policy_bound=self.policy_bound,
         )
 
 

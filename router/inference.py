@@ -15,11 +15,15 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Protocol
 
+import msgspec
+
 from aiaas.type.v1 import usage_event_pb2
 from aiaas.type.v1.usage_event_pb2 import TokenUsage, UsageEvent
+from mesh import policies
 from mesh.auth import Principal
 from mesh.clock import Clock
 from mesh.errors import PlatformError, Reason
+from mesh.policies import Decider
 from mesh.tracing import Span
 from router import metrics, requests, sse
 from router.answer_stream import AnswerStream, EngineFaultError
@@ -45,6 +49,9 @@ from router.upstream import Timeouts, Upstream
 from router.usage import AttemptRecord, UsageRecord, clamp_usage, close_event, open_event
 
 logger = logging.getLogger(__name__)
+
+INFER = "/aiaas.router.v1.InferenceService/Infer"
+"""What policies know every inference by, however it came."""
 
 ATTEMPTS = 2
 """A request is tried on so many backends at most: one retry, and that before the first byte only."""
@@ -92,6 +99,7 @@ class Engine:
         timeouts: Timeouts,
         router_id: str,
         idempotency: Idempotency,
+        decider: Decider | None = None,
     ) -> None:
         self.registry = registry
         self.routing = routing
@@ -103,6 +111,7 @@ class Engine:
         self.timeouts = timeouts
         self.router_id = router_id
         self.idempotency = idempotency
+        self.decider = decider
 
     def begin(self, request: InferenceRequest, reader: Reader, task: asyncio.Task[None] | None = None) -> Inference:
         """An inference that begins now, and goes on when it is run; in `task`, if that is known already."""
@@ -181,6 +190,8 @@ class Inference:
             self._timer = asyncio.get_running_loop().call_later(max(0.0, remaining_s), self._expire)
         try:
             model, parsed = self._check()
+            if self._request.principal.policy_bound:
+                await self._ask_policies(model)
             if self._request.idempotency_key and not await self._claim_key(model):
                 return
             await self._admit(model, parsed)
@@ -254,6 +265,19 @@ class Inference:
         self._record.model = model.model_id
         check_endpoint(model, request.endpoint)
         return model, parsed
+
+    async def _ask_policies(self, model: Model) -> None:
+        """Hold the request to its organization's policies; they see the model and never the prompt."""
+        request = self._request
+        resource = {"model": model.model_id, "endpoint": usage_event_pb2.Endpoint.Name(request.endpoint)}
+        await policies.check(
+            self._engine.decider,
+            request.principal,
+            INFER,
+            "inference.create",
+            msgspec.json.encode(resource).decode(),
+            request.client_address,
+        )
 
     async def _claim_key(self, model: Model) -> bool:
         """Have the request's Idempotency-Key for it; False where it has been answered as it was before.

@@ -19,6 +19,8 @@ from aiaas.identity.v1 import (
     auth_service_pb2_grpc,
     budget_service_pb2,
     budget_service_pb2_grpc,
+    policy_service_pb2,
+    policy_service_pb2_grpc,
     request_signing_service_pb2,
     request_signing_service_pb2_grpc,
 )
@@ -46,6 +48,7 @@ from mesh.errors import PlatformError
 from mesh.ids import new_id
 from mesh.interceptors import chain
 from mesh.ops import OpsServer
+from mesh.policies import RemoteDecider
 from mesh.process import spare_collector
 from mesh.request_signatures import RemoteVerifier
 from mesh.revocations import listen, watch
@@ -62,7 +65,7 @@ from router.engine_token_store import EngineTokenStore
 from router.engine_tokens import EngineTokenReader
 from router.health import HealthProber
 from router.idempotency import IDEMPOTENCY, Idempotency
-from router.inference import Engine
+from router.inference import INFER, Engine
 from router.inference_service import InferenceService
 from router.journal import Journal
 from router.journal_service import JournalService
@@ -114,6 +117,7 @@ async def serve(
                 auth_service_pb2.DESCRIPTOR.services_by_name["AuthService"],
                 budget_service_pb2.DESCRIPTOR.services_by_name["BudgetService"],
                 request_signing_service_pb2.DESCRIPTOR.services_by_name["RequestSigningService"],
+                policy_service_pb2.DESCRIPTOR.services_by_name["PolicyService"],
                 tls=tls,
             )
         )
@@ -124,6 +128,7 @@ async def serve(
             RemoteAuthenticator(identity_auth), clock, random, stale_s=config.unconfirmed_s
         )
         resources.push_async_callback(authenticator.close)
+        decider = RemoteDecider(policy_service_pb2_grpc.PolicyServiceStub(identity))
         signatures = RemoteVerifier(request_signing_service_pb2_grpc.RequestSigningServiceStub(identity))
 
         store = Store(database)
@@ -169,6 +174,7 @@ async def serve(
             ),
             router_id=journal.router_id,
             idempotency=idempotency,
+            decider=decider,
         )
         relays = Relays(engine, authenticator, signatures)
         inference_service = InferenceService(engine, registry, relays)
@@ -193,7 +199,13 @@ async def serve(
                 JournalService(journal, publisher, clock),
                 RouterService(replicas, engine_tokens),
             ),
-            chain(authenticator, signatures=signatures, traced=config.otlp_endpoint is not None),
+            chain(
+                authenticator,
+                signatures=signatures,
+                decider=decider,
+                asking_policies=[INFER],
+                traced=config.otlp_endpoint is not None,
+            ),
             reflect=config.reflection,
             drain_s=config.drain_s,
             tls=tls,

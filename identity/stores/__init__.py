@@ -33,6 +33,7 @@ from identity.stores.oauth_grants import OauthAuthorizationRows, OauthGrantRows
 from identity.stores.oauth_tokens import OauthTokenRows, find_token
 from identity.stores.organizations import OrganizationRows
 from identity.stores.passwords import PasswordRows, RecoveryRows
+from identity.stores.policies import PolicyDecisionRows, PolicyRows
 from identity.stores.revocations import RevocationRows
 from identity.stores.roles import RoleRows
 from identity.stores.rows import Connection
@@ -78,6 +79,8 @@ class Transaction:
         self.unpublished_events = UnpublishedEventRows(connection)
         self.configurations = ConfigurationRows(connection)
         self.audit = AuditRows(connection)
+        self.policies = PolicyRows(connection)
+        self.policy_decisions = PolicyDecisionRows(connection)
         self.passwords = PasswordRows(connection)
         self.recoveries = RecoveryRows(connection)
         self.sessions = SessionRows(connection)

@@ -23,13 +23,15 @@ CUSTOM = """
     SELECT array_agg(DISTINCT permission) AS custom_permissions FROM roles r, unnest(r.permissions) AS permission
     WHERE r.organization_id = {organization} AND r.role_id = ANY (h.role_ids)
 """
+POLICY_BOUND = "EXISTS (SELECT FROM policies p WHERE p.organization_id = {organization} AND NOT p.disabled)"
 _FIND_HOLDER = (
     f"SELECT h.role_ids, h.acting, c.custom_permissions FROM ({HOLDERS}) h CROSS JOIN LATERAL ({CUSTOM}) c"
 ).format(organization="$1", service_account="$2", user="$3")
 _OF_KEY = {"organization": "k.organization_id", "service_account": "k.service_account_id", "user": "k.user_id"}
 _FIND_CREDENTIAL = (
     "SELECT k.*, o.state, o.rate_limits AS organization_limits, o.allowed_models AS organization_models,"
-    " h.role_ids, h.acting, c.custom_permissions, s.api_key_id IS NOT NULL AS signature_required"
+    " h.role_ids, h.acting, c.custom_permissions, s.api_key_id IS NOT NULL AS signature_required,"
+    f" {POLICY_BOUND} AS policy_bound"
     " FROM api_keys k JOIN organizations o USING (organization_id)"
     " LEFT JOIN signing_secrets s ON s.api_key_id = k.api_key_id"
     f" LEFT JOIN LATERAL ({HOLDERS}) h ON true LEFT JOIN LATERAL ({CUSTOM}) c ON true WHERE k.api_key_id = $1"
@@ -61,6 +63,7 @@ async def find_credential(database: Database, api_key_id: str) -> Credential | N
         previous_digest=row["previous_digest"],
         previous_expire_time=row["previous_expire_time"],
         signature_required=row["signature_required"],
+        policy_bound=row["policy_bound"],
         organization_state=OrganizationState(row["state"]),
         organization_limits=limits_from_json(row["organization_limits"]),
         organization_models=tuple(row["organization_models"]),

@@ -11,7 +11,7 @@ from datetime import datetime
 
 from identity.oauth_tokens import OauthToken, StoredToken
 from identity.organizations import OrganizationState
-from identity.stores.credentials import CUSTOM, HOLDERS, holder_of
+from identity.stores.credentials import CUSTOM, HOLDERS, POLICY_BOUND, holder_of
 from identity.stores.rows import Connection, limits_from_json
 from mesh.database import Database
 
@@ -19,12 +19,13 @@ _OF_TOKEN = {"organization": "t.organization_id", "service_account": "t.service_
 _FIND = (
     "SELECT t.*, a.revoke_time IS NOT NULL OR g.revoke_time IS NOT NULL AS chain_revoked,"
     " c.disabled AS client_disabled, c.scopes AS client_scopes, o.state, o.rate_limits AS organization_limits,"
-    " o.allowed_models AS organization_models, h.role_ids, h.acting, p.custom_permissions"
+    " o.allowed_models AS organization_models, h.role_ids, h.acting, c2.custom_permissions,"
+    f" {POLICY_BOUND} AS policy_bound"
     " FROM oauth_tokens t JOIN oauth_clients c USING (oauth_client_id)"
     " JOIN organizations o ON o.organization_id = t.organization_id"
     " LEFT JOIN oauth_authorizations a ON a.oauth_authorization_id = t.oauth_authorization_id"
     " LEFT JOIN oauth_grants g ON g.oauth_grant_id = a.oauth_grant_id"
-    f" LEFT JOIN LATERAL ({HOLDERS}) h ON true LEFT JOIN LATERAL ({CUSTOM}) p ON true WHERE t.oauth_token_id = $1"
+    f" LEFT JOIN LATERAL ({HOLDERS}) h ON true LEFT JOIN LATERAL ({CUSTOM}) c2 ON true WHERE t.oauth_token_id = $1"
 ).format(**_OF_TOKEN)
 
 
@@ -120,4 +121,5 @@ async def find_token(source: Database | Connection, oauth_token_id: str) -> Stor
         organization_limits=limits_from_json(row["organization_limits"]),
         organization_models=tuple(row["organization_models"]),
         holder=None if row["role_ids"] is None else holder_of(row),
+        policy_bound=row["policy_bound"],
     )

@@ -9,7 +9,7 @@ from datetime import datetime
 
 from identity.organizations import OrganizationState
 from identity.sessions import Challenge, Session, StoredSession
-from identity.stores.credentials import CUSTOM, HOLDERS, holder_of
+from identity.stores.credentials import CUSTOM, HOLDERS, POLICY_BOUND, holder_of
 from identity.stores.rows import Connection, Row, limits_from_json
 from mesh.database import Database
 from mesh.pages import TimePlace
@@ -22,7 +22,8 @@ _FIND = (
     "SELECT s.*, o.state, o.rate_limits AS organization_limits, o.allowed_models AS organization_models,"
     " h.role_ids, h.acting, c.custom_permissions, s.issuer_id IS NOT NULL AND i.issuer_id IS NULL AS issuer_disabled,"
     " EXISTS (SELECT FROM mfa_requirements r WHERE r.organization_id = s.organization_id"
-    " AND (r.everyone OR r.role_ids && h.role_ids)) AS mfa_required"
+    " AND (r.everyone OR r.role_ids && h.role_ids)) AS mfa_required,"
+    f" {POLICY_BOUND} AS policy_bound"
     " FROM sessions s JOIN organizations o USING (organization_id)"
     " LEFT JOIN issuers i ON i.issuer_id = s.issuer_id AND NOT i.disabled"
     f" LEFT JOIN LATERAL ({HOLDERS}) h ON true LEFT JOIN LATERAL ({CUSTOM}) c ON true WHERE s.session_id = $1"
@@ -194,6 +195,7 @@ async def find_session(database: Database, session_id: str) -> StoredSession | N
         holder=None if row["role_ids"] is None else holder_of(row),
         issuer_disabled=row["issuer_disabled"],
         mfa_required=row["mfa_required"],
+        policy_bound=row["policy_bound"],
     )
 
 

@@ -6,7 +6,7 @@ turn exceptions into statuses, the deadline covers authentication too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import grpc
@@ -18,6 +18,7 @@ from mesh.interceptors.errors import ErrorsInterceptor
 from mesh.interceptors.metrics import MetricsInterceptor
 from mesh.interceptors.request_id import RequestIdInterceptor
 from mesh.interceptors.tracing import tracing_interceptor
+from mesh.policies import Decider
 from mesh.request_signatures import SignatureVerifier
 
 
@@ -25,13 +26,17 @@ def chain(
     authenticator: Authenticator,
     *,
     signatures: SignatureVerifier | None = None,
+    decider: Decider | None = None,
+    asking_policies: Collection[str] = (),
     traced: bool = False,
     stream_timeout_s: float = 600.0,
     witnesses: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = (),
 ) -> list[grpc.aio.ServerInterceptor[Any, Any]]:
     """The interceptors of every server of the platform, outermost first.
 
-    Without `signatures` nobody is let in whose requests have to be signed. `traced` says whether spans go anywhere;
+    Without `signatures` nobody is let in whose requests have to be signed, without `decider` nobody whose organization
+    has policies. The handlers of `asking_policies` have them
+    asked themselves. `traced` says whether spans go anywhere;
     `stream_timeout_s` ends streams whose caller set no deadline. `witnesses` are a service's own, which see every call
     as it is judged and as it ends.
     """
@@ -42,5 +47,5 @@ def chain(
         ErrorsInterceptor(),
         DeadlineInterceptor(stream_timeout_s=stream_timeout_s),
         *witnesses,
-        AuthInterceptor(authenticator, signatures),
+        AuthInterceptor(authenticator, signatures, decider, asking_policies),
     ]

@@ -1,5 +1,6 @@
 """Holds every call to the policy that its contract declares; it never knows how a credential is checked."""
 
+from collections.abc import Collection
 from functools import cache
 from typing import Any
 
@@ -10,19 +11,30 @@ from grpc_interceptor import AsyncServerInterceptor
 
 from aiaas.type.v1 import options_pb2
 from mesh import context as call
+from mesh import policies
 from mesh.auth import Authenticator, authorize, credential_of, find_method, policy_of
 from mesh.interceptors.handler import Handler, metadata_value, proceed
+from mesh.policies import Decider
 from mesh.request_signatures import METADATA, SignatureVerifier, check, from_metadata
 
 _WITHOUT_PRINCIPAL = ("public", "internal")
 
 
 class AuthInterceptor(AsyncServerInterceptor):
-    """Resolves the principal, checks permission and organization, and sets `mesh.context.principal`."""
+    """Resolves the principal, checks permission, organization and the organization's policies, and sets
+    `mesh.context.principal`."""
 
-    def __init__(self, authenticator: Authenticator, signatures: SignatureVerifier | None) -> None:
+    def __init__(
+        self,
+        authenticator: Authenticator,
+        signatures: SignatureVerifier | None,
+        decider: Decider | None = None,
+        asking_policies: Collection[str] = (),
+    ) -> None:
         self._authenticator = authenticator
         self._signatures = signatures
+        self._decider = decider
+        self._asking_policies = asking_policies
 
     async def intercept(
         self, method: Handler, request: Any, context: grpc.aio.ServicerContext[Any, Any], method_name: str
@@ -40,7 +52,17 @@ class AuthInterceptor(AsyncServerInterceptor):
             if principal.signature_required:
                 await check(principal, from_metadata(_signature(context)), self._signatures)
             # A stream of requests is judged by permission alone; its handler judges each message.
-            authorize(principal, policy, request if isinstance(request, Message) else Empty())
+            judged = request if isinstance(request, Message) else Empty()
+            authorize(principal, policy, judged)
+            if principal.policy_bound and method_name not in self._asking_policies:
+                await policies.check(
+                    self._decider,
+                    principal,
+                    method_name,
+                    policy.permission,
+                    policies.resource_of(judged),
+                    metadata_value(context, "x-client-address"),
+                )
             call.credential.set(credential)
         return await proceed(method, request, context)
 

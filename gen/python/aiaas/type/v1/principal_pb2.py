@@ -26,15 +26,15 @@ from aiaas.type.v1 import limits_pb2 as aiaas_dot_type_dot_v1_dot_limits__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x61iaas/type/v1/principal.proto\x12\raiaas.type.v1\x1a\x1a\x61iaas/type/v1/limits.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xba\x03\n\tPrincipal\x12*\n\x04kind\x18\x01 \x01(\x0e\x32\x1c.aiaas.type.v1.PrincipalKind\x12\x14\n\x0cprincipal_id\x18\x02 \x01(\t\x12\x17\n\x0forganization_id\x18\x03 \x01(\t\x12\x12\n\napi_key_id\x18\x04 \x01(\t\x12\x0f\n\x07user_id\x18\x05 \x01(\t\x12\x1a\n\x12service_account_id\x18\x06 \x01(\t\x12\x13\n\x0bpermissions\x18\x07 \x03(\t\x12\x16\n\x0e\x61llowed_models\x18\x08 \x03(\t\x12\x10\n\x08platform\x18\t \x01(\x08\x12/\n\x0b\x65xpire_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x36\n\x13organization_limits\x18\x0b \x01(\x0b\x32\x19.aiaas.type.v1.RateLimits\x12\x33\n\x10principal_limits\x18\x0c \x01(\x0b\x32\x19.aiaas.type.v1.RateLimits\x12\x18\n\x10\x61llowed_networks\x18\r \x03(\t\x12\x1a\n\x12signature_required\x18\x0e \x01(\x08*\x88\x01\n\rPrincipalKind\x12\x1e\n\x1aPRINCIPAL_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13PRINCIPAL_KIND_USER\x10\x01\x12\"\n\x1ePRINCIPAL_KIND_SERVICE_ACCOUNT\x10\x02\x12\x1a\n\x16PRINCIPAL_KIND_API_KEY\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x61iaas/type/v1/principal.proto\x12\raiaas.type.v1\x1a\x1a\x61iaas/type/v1/limits.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd0\x03\n\tPrincipal\x12*\n\x04kind\x18\x01 \x01(\x0e\x32\x1c.aiaas.type.v1.PrincipalKind\x12\x14\n\x0cprincipal_id\x18\x02 \x01(\t\x12\x17\n\x0forganization_id\x18\x03 \x01(\t\x12\x12\n\napi_key_id\x18\x04 \x01(\t\x12\x0f\n\x07user_id\x18\x05 \x01(\t\x12\x1a\n\x12service_account_id\x18\x06 \x01(\t\x12\x13\n\x0bpermissions\x18\x07 \x03(\t\x12\x16\n\x0e\x61llowed_models\x18\x08 \x03(\t\x12\x10\n\x08platform\x18\t \x01(\x08\x12/\n\x0b\x65xpire_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x36\n\x13organization_limits\x18\x0b \x01(\x0b\x32\x19.aiaas.type.v1.RateLimits\x12\x33\n\x10principal_limits\x18\x0c \x01(\x0b\x32\x19.aiaas.type.v1.RateLimits\x12\x18\n\x10\x61llowed_networks\x18\r \x03(\t\x12\x1a\n\x12signature_required\x18\x0e \x01(\x08\x12\x14\n\x0cpolicy_bound\x18\x0f \x01(\x08*\x88\x01\n\rPrincipalKind\x12\x1e\n\x1aPRINCIPAL_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13PRINCIPAL_KIND_USER\x10\x01\x12\"\n\x1ePRINCIPAL_KIND_SERVICE_ACCOUNT\x10\x02\x12\x1a\n\x16PRINCIPAL_KIND_API_KEY\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'aiaas.type.v1.principal_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PRINCIPALKIND']._serialized_start=555
-  _globals['_PRINCIPALKIND']._serialized_end=691
+  _globals['_PRINCIPALKIND']._serialized_start=577
+  _globals['_PRINCIPALKIND']._serialized_end=713
   _globals['_PRINCIPAL']._serialized_start=110
-  _globals['_PRINCIPAL']._serialized_end=552
+  _globals['_PRINCIPAL']._serialized_end=574
 # @@protoc_insertion_point(module_scope)

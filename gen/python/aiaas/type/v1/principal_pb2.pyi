@@ -69,6 +69,7 @@ class Principal(_message.Message):
     PRINCIPAL_LIMITS_FIELD_NUMBER: _builtins.int
     ALLOWED_NETWORKS_FIELD_NUMBER: _builtins.int
     SIGNATURE_REQUIRED_FIELD_NUMBER: _builtins.int
+    POLICY_BOUND_FIELD_NUMBER: _builtins.int
     kind: Global___PrincipalKind.ValueType
     """The kind of actor."""
     principal_id: _builtins.str
@@ -85,6 +86,8 @@ class Principal(_message.Message):
     """Whether the principal may act on every organization (platform_admin)."""
     signature_required: _builtins.bool
     """Whether requests are accepted only with a right signature."""
+    policy_bound: _builtins.bool
+    """Whether the organization has policies, which judge each call beside the permissions."""
     @_builtins.property
     def permissions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Every permission held, named resource.verb; an API key's are those of its owner within its scopes."""
@@ -126,10 +129,11 @@ class Principal(_message.Message):
         principal_limits: _limits_pb2.RateLimits | None = ...,
         allowed_networks: _abc.Iterable[_builtins.str] | None = ...,
         signature_required: _builtins.bool = ...,
+        policy_bound: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "organization_limits", b"organization_limits", "principal_limits", b"principal_limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed_models", b"allowed_models", "allowed_networks", b"allowed_networks", "api_key_id", b"api_key_id", "expire_time", b"expire_time", "kind", b"kind", "organization_id", b"organization_id", "organization_limits", b"organization_limits", "permissions", b"permissions", "platform", b"platform", "principal_id", b"principal_id", "principal_limits", b"principal_limits", "service_account_id", b"service_account_id", "signature_required", b"signature_required", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed_models", b"allowed_models", "allowed_networks", b"allowed_networks", "api_key_id", b"api_key_id", "expire_time", b"expire_time", "kind", b"kind", "organization_id", b"organization_id", "organization_limits", b"organization_limits", "permissions", b"permissions", "platform", b"platform", "policy_bound", b"policy_bound", "principal_id", b"principal_id", "principal_limits", b"principal_limits", "service_account_id", b"service_account_id", "signature_required", b"signature_required", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

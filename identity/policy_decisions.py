@@ -1,0 +1,169 @@
+"""Decides by an organization's policies, and records what was decided; it never widens what roles allow.
+
+Which policies there are is read for each decision, so a change binds the next one in every process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from aiaas.identity.v1 import policy_service_pb2 as pb
+from identity import attempts
+from identity.metrics import count_unrecorded_decisions
+from identity.policies import Decision, Policy
+from identity.policy_inputs import input_json
+from identity.policy_judge import PolicyJudge
+from mesh import context
+from mesh.clock import Clock
+from mesh.errors import PlatformError, Reason
+from mesh.ids import new_id
+
+if TYPE_CHECKING:
+    from identity.stores import Store
+
+logger = logging.getLogger(__name__)
+
+KEPT = timedelta(days=30)
+_INTERVAL_S = 1.0
+_WAITING = 10_000
+_AT_ONCE = 500
+_SWEEP_S = 600.0
+_SWEPT = 10_000
+_KNOWN = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Ruling:
+    """What policies say together. `failed`: the one that denied did so by failing."""
+
+    allowed: bool
+    policy_ids: tuple[str, ...]
+    denying_policy_id: str = ""
+    reason: str = ""
+    failed: bool = False
+
+
+class PolicyDecisions:
+    """The mesh's Decider, out of the database."""
+
+    def __init__(self, store: Store, clock: Clock, judge: PolicyJudge) -> None:
+        self._store = store
+        self._clock = clock
+        self._judge = judge
+        self._waiting: deque[Decision] = deque()
+        self._bundles: OrderedDict[tuple[str, int], Policy] = OrderedDict()
+
+    async def decide(self, organization_id: str, asked: pb.PolicyInput) -> pb.PolicyVerdict:
+        """The verdict on an input, which is recorded. Raises PlatformError(AUTH_UNAVAILABLE) while the database is
+        away."""
+        began = self._clock.monotonic()
+        try:
+            policies = await self.policies(organization_id)
+        except PlatformError as error:
+            if error.reason in (Reason.UNAVAILABLE, Reason.DEADLINE_EXCEEDED):
+                raise PlatformError(Reason.AUTH_UNAVAILABLE, retry_after_s=error.retry_after_s) from error
+            raise
+        if not policies:
+            return pb.PolicyVerdict(allowed=True)
+        ruling = (await self.judge(policies, [input_json(asked)]))[0]
+        self._note(organization_id, asked, ruling, int((self._clock.monotonic() - began) * 1_000_000))
+        return verdict_of(ruling)
+
+    async def policies(self, organization_id: str) -> list[Policy]:
+        """The policies that decide, as they are now."""
+        with attempts.apart():
+            async with self._store.transaction(across=True) as stored:
+                versions = await stored.policies.versions(organization_id)
+                found = []
+                for policy_id, version in versions:
+                    policy = self._bundles.get((policy_id, version))
+                    if policy is None:
+                        policy = await stored.policies.get(organization_id, policy_id)
+                        if policy is None or policy.disabled:
+                            continue
+                        self._bundles[policy_id, policy.version] = policy
+                        if len(self._bundles) > _KNOWN:
+                            self._bundles.popitem(last=False)
+                    found.append(policy)
+        return found
+
+    async def judge(self, policies: Sequence[Policy], inputs: Sequence[str]) -> list[Ruling]:
+        """What policies say of inputs (JSON) together: the first that does not allow one decides."""
+        policy_ids = tuple(policy.policy_id for policy in policies)
+        rulings = [Ruling(True, policy_ids) for _ in inputs]
+        for policy in policies:
+            for index, verdict in enumerate(await self._judge.judge(policy.key, policy.bundle, inputs)):
+                if rulings[index].allowed and not verdict.allowed:
+                    rulings[index] = Ruling(False, policy_ids, policy.policy_id, verdict.reason, verdict.failed)
+        return rulings
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Write decisions each second and remove old ones, until `stop` is set, and a last time then."""
+        sweep_at = self._clock.monotonic()
+        while not stop.is_set():
+            try:
+                async with asyncio.timeout(_INTERVAL_S):
+                    await stop.wait()
+            except TimeoutError:
+                pass
+            await self.write()
+            if self._clock.monotonic() >= sweep_at:
+                sweep_at = self._clock.monotonic() + _SWEEP_S
+                await self._sweep()
+
+    async def write(self) -> None:
+        """Write what was decided; while the database is away the newest wait."""
+        while self._waiting:
+            batch = [self._waiting.popleft() for _ in range(min(_AT_ONCE, len(self._waiting)))]
+            try:
+                async with self._store.transaction() as stored:
+                    await stored.policy_decisions.add(batch)
+            except PlatformError as error:
+                self._waiting.extendleft(reversed(batch))
+                logger.warning("decisions were not recorded: %s", error.reason.value)
+                return
+
+    async def _sweep(self) -> None:
+        try:
+            removed = _SWEPT
+            while removed == _SWEPT:
+                async with self._store.transaction() as stored:
+                    removed = await stored.policy_decisions.forget_until(self._clock.now() - KEPT, _SWEPT)
+        except PlatformError as error:
+            logger.warning("old decisions were not removed: %s", error.reason.value)
+
+    def _note(self, organization_id: str, asked: pb.PolicyInput, ruling: Ruling, duration_micros: int) -> None:
+        if len(self._waiting) >= _WAITING:
+            self._waiting.popleft()
+            count_unrecorded_decisions()
+        self._waiting.append(
+            Decision(
+                policy_decision_id=new_id("decision", clock=self._clock),
+                organization_id=organization_id,
+                request_id=context.request_id.get(),
+                principal_id=asked.principal.principal_id,
+                input=asked.SerializeToString(),
+                allowed=ruling.allowed,
+                policy_ids=ruling.policy_ids,
+                denying_policy_id=ruling.denying_policy_id,
+                reason=ruling.reason,
+                decide_time=self._clock.now(),
+                duration_micros=duration_micros,
+            )
+        )
+
+
+def verdict_of(ruling: Ruling) -> pb.PolicyVerdict:
+    """A ruling as it travels."""
+    return pb.PolicyVerdict(
+        allowed=ruling.allowed,
+        policy_ids=ruling.policy_ids,
+        denying_policy_id=ruling.denying_policy_id,
+        reason=ruling.reason,
+    )

@@ -1,0 +1,56 @@
+"""Tries a policy on what was decided before; it never stores anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+
+from aiaas.identity.v1 import policy_service_pb2 as pb
+from identity.policies import Decision, Policies, Policy
+from identity.policy_decisions import PolicyDecisions, Ruling
+from identity.policy_inputs import input_json
+
+_EXAMPLES = 100
+
+
+@dataclass(slots=True)
+class DryRun:
+    """What would change. `examples` are decisions with what would be decided now, newest first."""
+
+    evaluated: int = 0
+    newly_denied: int = 0
+    newly_allowed: int = 0
+    failed: int = 0
+    examples: list[tuple[Decision, Ruling]] = field(default_factory=list)
+
+
+class PolicyDryRuns:
+    """Policies as if they were in use."""
+
+    def __init__(self, policies: Policies, decisions: PolicyDecisions) -> None:
+        self._policies = policies
+        self._decisions = decisions
+
+    async def run(
+        self, organization_id: str, tried: Policy, start_time: datetime | None, end_time: datetime | None, most: int
+    ) -> DryRun:
+        """Judge the newest recorded decisions as if `tried` were in use, in the place of the policy with its id where
+        there is one."""
+        in_use = await self._decisions.policies(organization_id)
+        # A key of its own, so that what is compiled is never taken for what is stored.
+        tried = replace(tried, policy_id=tried.policy_id or "tried", version=-tried.version)
+        if any(policy.policy_id == tried.policy_id for policy in in_use):
+            policies = [tried if policy.policy_id == tried.policy_id else policy for policy in in_use]
+        else:
+            policies = [*in_use, tried]
+        found = DryRun()
+        async for batch in self._policies.recorded(organization_id, start_time, end_time, most):
+            inputs = [input_json(pb.PolicyInput.FromString(decision.input)) for decision in batch]
+            for decision, ruling in zip(batch, await self._decisions.judge(policies, inputs), strict=True):
+                found.evaluated += 1
+                found.failed += ruling.failed
+                found.newly_denied += decision.allowed and not ruling.allowed
+                found.newly_allowed += ruling.allowed and not decision.allowed
+                if decision.allowed != ruling.allowed and len(found.examples) < _EXAMPLES:
+                    found.examples.append((decision, ruling))
+        return found
