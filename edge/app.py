@@ -18,6 +18,9 @@ from edge.exchange import ClientGoneError, Exchange, Headers, Limits
 from edge.openai import errors as openai_errors
 from edge.openai.inference import ENDPOINTS, InferenceEndpoint
 from edge.openai.models import ModelsEndpoint
+from edge.openai.organization import projects
+from edge.openai.organization.usage import COSTS, USAGE, CostsEndpoint, UsageEndpoint
+from edge.openapi.endpoint import FILES, FileEndpoint
 from edge.operations import HealthEndpoint, MetricsEndpoint, ReadyEndpoint
 from edge.peers import Peers
 from edge.routers import Routers
@@ -60,11 +63,15 @@ def build_app(
         routes=[
             Route("/v1/models", ModelsEndpoint("/v1/models", models)),
             Route("/v1/models/{model:path}", ModelsEndpoint("/v1/models/{model}", models)),
+            *(Route(path, UsageEndpoint(path, peers)) for path in USAGE),
+            Route(COSTS, CostsEndpoint(peers)),
+            *(Route(endpoint.route, endpoint(peers["identity"])) for endpoint in projects.ENDPOINTS),
             Route("/scim/v2/ServiceProviderConfig", AboutEndpoint("ServiceProviderConfig")),
             Route("/scim/v2/ResourceTypes", AboutEndpoint("ResourceTypes")),
             *(Route(f"/scim/v2/{path}", ListEndpoint(path, peers["identity"])) for path in KINDS),
             *(Route(f"/scim/v2/{path}/{{id}}", ResourceEndpoint(path, peers["identity"])) for path in KINDS),
             *(Route(path, endpoint) for path, endpoint in oauth.endpoints(peers["identity"]).items()),
+            *(Route(path, FileEndpoint(path)) for path in FILES),
             Route("/health", HealthEndpoint()),
             Route("/ready", ReadyEndpoint(peers)),
             Route("/metrics", MetricsEndpoint()),

@@ -27,6 +27,7 @@ _is_sane_credential = re.compile(r"[\x21-\x7e]{1,4096}").fullmatch
 # How long, and for how much, a body that was refused is still read, so that its sender gets to see the answer.
 _LINGER_S = 5.0
 _LINGER_BYTES = 64 << 20
+_IDEMPOTENCY_KEY_LENGTH = 255
 
 
 class ClientGoneError(Exception):
@@ -167,6 +168,19 @@ class Exchange:
         """The first header of that lower-case name, None without one."""
         value = self.headers.get(name)
         return None if value is None else value.decode("latin-1").strip()
+
+    def idempotency_key(self) -> str:
+        """The Idempotency-Key, empty without one. Raises PlatformError(INVALID_ARGUMENT) for what cannot be one."""
+        key = self.header(b"idempotency-key")
+        if key is None:
+            return ""
+        if not (1 <= len(key) <= _IDEMPOTENCY_KEY_LENGTH and key.isascii() and key.isprintable()):
+            raise PlatformError(
+                Reason.INVALID_ARGUMENT,
+                field="Idempotency-Key",
+                description=f"'Idempotency-Key' has to be 1 to {_IDEMPOTENCY_KEY_LENGTH} printable ASCII characters.",
+            )
+        return key
 
     def allow(self, *verbs: str) -> None:
         """Raises PlatformError(METHOD_NOT_ALLOWED) unless the verb is one of these. HEAD is served as GET."""

@@ -44,14 +44,14 @@ class Endpoint:
 
     def __init__(self, path: str, verbs: tuple[str, ...], answer: Callable[[Exchange], Awaitable[None]]) -> None:
         self._path = path
-        self._verbs = verbs
+        self.verbs = verbs
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. Raises PlatformError."""
         exchange = exchange_of(scope)
         exchange.route = self._path
-        exchange.allow(*self._verbs)
+        exchange.allow(*self.verbs)
         await self._answer(exchange)
 
 

@@ -29,7 +29,6 @@ ENDPOINTS = {
 _EVENT_STREAM = "text/event-stream"
 # Proxies hold back what they think they may.
 _STREAM_HEADERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
-_IDEMPOTENCY_KEY_LENGTH = 255
 # The edge's own to say.
 _OWN_HEADERS = frozenset({"content-type", "content-length", "transfer-encoding", "connection", "x-request-id"})
 
@@ -81,7 +80,7 @@ class InferenceEndpoint:
 
     async def _open(self, exchange: Exchange, traceparent: str) -> Answer:
         """Begin the inference. The body and its message are forgotten with this call, long before a stream ends."""
-        idempotency_key = _idempotency_key(exchange)
+        idempotency_key = exchange.idempotency_key()
         body = await exchange.read_body()
         answer, opened = await self._routers.open(body, exchange.remaining_s)
         opened.credential = context.credential.get()
@@ -122,20 +121,6 @@ class InferenceEndpoint:
         if head.content_type == _EVENT_STREAM:
             await exchange.finish(error_event(self._endpoint, error, last_chunk))
         # A JSON document that broke off is left unfinished: the connection closes without the body's end.
-
-
-def _idempotency_key(exchange: Exchange) -> str:
-    """The Idempotency-Key, empty without one. Raises PlatformError(INVALID_ARGUMENT) for one that cannot be a key."""
-    key = exchange.header(b"idempotency-key")
-    if key is None:
-        return ""
-    if not (1 <= len(key) <= _IDEMPOTENCY_KEY_LENGTH and key.isascii() and key.isprintable()):
-        raise PlatformError(
-            Reason.INVALID_ARGUMENT,
-            field="Idempotency-Key",
-            description=f"'Idempotency-Key' has to be 1 to {_IDEMPOTENCY_KEY_LENGTH} printable ASCII characters.",
-        )
-    return key
 
 
 def _headers(head: inference_service_pb2.InferHead) -> list[tuple[bytes, bytes]]:

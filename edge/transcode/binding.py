@@ -12,15 +12,13 @@ from urllib.parse import parse_qsl
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
-from edge.transcode.fields import FIELD_MASK, convert, field_named, is_map, is_nested, parse_json, wrong
-from edge.transcode.routes import WHOLE_REQUEST, Route
+from edge.transcode.fields import convert, field_named, is_map, is_mask, is_nested, parse_json, wrong
+from edge.transcode.routes import ETAG, REQUEST_ID, WHOLE_REQUEST, Route
 from mesh.errors import PlatformError, Reason
 
 IF_MATCH = "If-Match"
 
 _QUERY_FIELDS = 1000
-_ETAG = "etag"
-_REQUEST_ID = "request_id"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +29,7 @@ class RestRequest:
     query: bytes = b""
     body: bytes = b""
     if_match: str | None = None
-    idempotency_key: str | None = None
+    idempotency_key: str = ""
 
 
 def bind(route: Route, rest: RestRequest) -> Message:
@@ -48,11 +46,11 @@ def bind(route: Route, rest: RestRequest) -> Message:
         _put(values, descriptor, name, text, f"'{name}' contradicts the path.")
     if route.verb != "GET":
         _put_etag(values, route, rest.if_match)
-        if rest.idempotency_key and _takes_request_id(route):
-            _put(values, descriptor, _REQUEST_ID, rest.idempotency_key, "'request_id' contradicts Idempotency-Key.")
+        if rest.idempotency_key and route.takes_request_id:
+            _put(values, descriptor, REQUEST_ID, rest.idempotency_key, "'request_id' contradicts Idempotency-Key.")
     masks = _take_masks(values, descriptor)
     request = convert(values, descriptor)
-    for mask in (known for known in descriptor.fields if _is_mask(known)):
+    for mask in (known for known in descriptor.fields if is_mask(known)):
         if mask.name in masks:
             paths = _mask_paths(masks[mask.name], mask.name, route.resource)
         elif route.verb == "PATCH" and isinstance(given_in_body, dict) and route.resource is not None:
@@ -139,11 +137,6 @@ def _put(values: dict[str, Any], descriptor: Descriptor, name: str, text: str, c
         raise PlatformError(Reason.INVALID_ARGUMENT, field=key, description=contradiction)
 
 
-def _takes_request_id(route: Route) -> bool:
-    """Whether the RPC can be repeated safely (AIP-155); in a path, "request_id" is an id like any other."""
-    return _REQUEST_ID in route.method.input_type.fields_by_name and _REQUEST_ID not in route.path_fields
-
-
 def _put_etag(values: dict[str, Any], route: Route, if_match: str | None) -> None:
     """Bind If-Match to the etag of the request, or of the resource in its body (AIP-154)."""
     if if_match is None or if_match == "*":
@@ -153,18 +146,14 @@ def _put_etag(values: dict[str, Any], route: Route, if_match: str | None) -> Non
     etag = if_match[1:-1]
     contradiction = "'etag' contradicts If-Match."
     descriptor = route.method.input_type
-    if _ETAG in descriptor.fields_by_name:
-        _put(values, descriptor, _ETAG, etag, contradiction)
-    elif route.resource is not None and _ETAG in route.resource.fields_by_name:
+    if ETAG in descriptor.fields_by_name:
+        _put(values, descriptor, ETAG, etag, contradiction)
+    elif route.resource is not None and ETAG in route.resource.fields_by_name:
         # A copy: the derived mask is made from what the client itself wrote.
         values[route.body] = dict(values.get(route.body, {}))
-        _put(values[route.body], route.resource, _ETAG, etag, contradiction)
+        _put(values[route.body], route.resource, ETAG, etag, contradiction)
     else:
         raise PlatformError(Reason.INVALID_ARGUMENT, field=IF_MATCH, description="This method takes no etag.")
-
-
-def _is_mask(known: FieldDescriptor) -> bool:
-    return known.message_type is not None and known.message_type.full_name == FIELD_MASK
 
 
 def _take_masks(values: dict[str, Any], descriptor: Descriptor) -> dict[str, Any]:
@@ -172,7 +161,7 @@ def _take_masks(values: dict[str, Any], descriptor: Descriptor) -> dict[str, Any
     masks = {}
     for name in list(values):
         known = field_named(descriptor, name)
-        if known is not None and _is_mask(known):
+        if known is not None and is_mask(known):
             masks[known.name] = values.pop(name)
     return {name: value for name, value in masks.items() if value is not None}
 
@@ -204,5 +193,5 @@ def _derived_paths(body: Mapping[str, Any], resource: Descriptor, path_fields: f
     """What an update without a mask changes: every field that its body has, null ones too, but neither the etag nor the
     ids that the path tells."""
     present = (field_named(resource, name) for name in body)
-    kept_out = path_fields | {_ETAG}
+    kept_out = path_fields | {ETAG}
     return [known.name for known in present if known is not None and known.name not in kept_out]

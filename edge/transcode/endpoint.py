@@ -1,24 +1,26 @@
 """The ASGI endpoint of the REST API: finds the RPC, makes its request, calls it, writes its answer; errors go to the
 application, which words them as AIP-193 has it."""
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 from google.protobuf import json_format
-from google.protobuf.descriptor import Descriptor, ServiceDescriptor
+from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import Message
 from starlette.types import Receive, Scope, Send
 
 from edge.exchange import Exchange, exchange_of
 from edge.peers import Peer, Peers, following
 from edge.transcode.binding import RestRequest, bind
-from edge.transcode.fields import is_nested
 from edge.transcode.routes import Route, RouteTable
 from mesh import context
 from mesh.errors import PlatformError, to_aip193
 
 _TIMEOUT_S = 30.0
+# What may stand between the quotes (RFC 9110, 8.8.3), without bytes that are not ASCII.
+_ETAG = re.compile(r"[!#-~]+")
 # An answer may hold a secret that is shown once.
 _NO_STORE = (b"cache-control", b"no-store")
 _JSON = (b"content-type", b"application/json")
@@ -53,7 +55,7 @@ class Transcoder:
             scope["query_string"],
             body,
             exchange.header(b"if-match"),
-            exchange.header(b"idempotency-key"),
+            exchange.idempotency_key() if route.takes_request_id else "",
         )
         await self._rpcs[route.rpc].serve(exchange, bind(route, rest))
 
@@ -68,21 +70,21 @@ class _UnaryRpc:
             request_serializer=route.request_class.SerializeToString,
             response_deserializer=route.response_class.FromString,
         )
-        self._etag_path = _etag_path(route.method.output_type)
+        self._etag_path = route.etag_path
 
     async def serve(self, exchange: Exchange, request: Message) -> None:
         response = await self._peer.call(self._call, request, _TIMEOUT_S)
         headers = [_JSON, _NO_STORE]
         if etag := self._etag(response):
-            headers.append((b"etag", f'"{etag}"'.encode("latin-1", "replace")))
+            headers.append((b"etag", f'"{etag}"'.encode("ascii")))
         await exchange.respond(200, headers, _as_json(response))
 
     def _etag(self, response: Message) -> str:
-        """The etag of the resource in an answer; empty where there is none."""
+        """The etag of the resource in an answer; empty where there is none, or none that a header could hold."""
         value: Any = response
         for name in self._etag_path:
             value = getattr(value, name)
-        return value if isinstance(value, str) else ""
+        return value if isinstance(value, str) and _ETAG.fullmatch(value) else ""
 
 
 class _StreamingRpc:
@@ -113,16 +115,6 @@ class _StreamingRpc:
                 raise
             exchange.reason = error.reason
             await exchange.finish(msgspec.json.encode(to_aip193(error)) + b"\n")
-
-
-def _etag_path(response: Descriptor) -> tuple[str, ...]:
-    """Where the only resource in an answer has its etag; empty where it has none."""
-    resources = [field for field in response.fields if is_nested(field)]
-    if len(resources) != 1 or resources[0].is_repeated:
-        return ()
-    (resource,) = resources
-    has_etag = resource.message_type is not None and "etag" in resource.message_type.fields_by_name
-    return (resource.name, "etag") if has_etag else ()
 
 
 def _as_json(message: Message) -> bytes:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from google.protobuf import json_format
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
@@ -95,6 +95,11 @@ def is_map(field: FieldDescriptor) -> bool:
     return field.message_type is not None and field.message_type.GetOptions().map_entry
 
 
+def is_mask(field: FieldDescriptor) -> bool:
+    """Whether the field names other fields."""
+    return field.message_type is not None and field.message_type.full_name == FIELD_MASK
+
+
 def is_nested(field: FieldDescriptor) -> bool:
     """Whether JSON writes the field's values as objects with fields of their own."""
     message = field.message_type
@@ -161,7 +166,15 @@ def _walk_value(value: Any, descriptor: Descriptor, field: FieldDescriptor, path
 
 
 def _accept(descriptor: Descriptor, field: FieldDescriptor, value: Any, path: str) -> None:
-    """Any value; json_format judges it better."""
+    """Any value, as json_format judges it better; but that lets numbers pass that an enum does not have."""
+    if field.enum_type is not None and not _may_be_of(field.enum_type, value):
+        raise wrong(field, path)
+
+
+def _may_be_of(enum: EnumDescriptor, value: Any) -> bool:
+    if isinstance(value, str):
+        return value in enum.values_by_name or value in {str(number) for number in enum.values_by_number}
+    return not isinstance(value, int) or (value in enum.values_by_number and not isinstance(value, bool))
 
 
 def _try(descriptor: Descriptor, field: FieldDescriptor, value: Any, path: str) -> None:

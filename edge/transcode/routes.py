@@ -13,11 +13,17 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescri
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
+from edge.transcode.fields import is_nested
 from mesh.auth import policy_of
 from mesh.errors import PlatformError, Reason
 
 WHOLE_REQUEST = "*"
 """A binding's `body` that stands for the request message itself."""
+
+ETAG = "etag"
+"""The field that changes with every change of a resource."""
+REQUEST_ID = "request_id"
+"""The field by which a repeated request is known."""
 
 _VERBS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE"})
 _SEGMENT = re.compile(r"(?:\{(?P<field>[a-z0-9_]+)\}(?P<suffix>(?::[A-Za-z]+)?)|(?P<literal>[A-Za-z0-9._~:-]+))")
@@ -72,6 +78,32 @@ class Route:
         if not self.body or self.body == WHOLE_REQUEST:
             return None
         return self.method.input_type.fields_by_name[self.body].message_type
+
+    @property
+    def takes_request_id(self) -> bool:
+        """Whether the RPC can be repeated safely (AIP-155); in a path, "request_id" is an id like any other, and what
+        reads needs none."""
+        return (
+            self.verb != "GET"
+            and REQUEST_ID in self.method.input_type.fields_by_name
+            and REQUEST_ID not in self.path_fields
+        )
+
+    @property
+    def takes_etag(self) -> bool:
+        """Whether the RPC changes only what the client saw (AIP-154): its request or the resource in it has an etag."""
+        resource = () if self.resource is None else self.resource.fields_by_name
+        return self.verb != "GET" and (ETAG in self.method.input_type.fields_by_name or ETAG in resource)
+
+    @property
+    def etag_path(self) -> tuple[str, ...]:
+        """Where the only resource in an answer has its etag; empty where it has none."""
+        resources = [field for field in self.method.output_type.fields if is_nested(field)]
+        if len(resources) != 1 or resources[0].is_repeated:
+            return ()
+        (resource,) = resources
+        has_etag = resource.message_type is not None and ETAG in resource.message_type.fields_by_name
+        return (resource.name, ETAG) if has_etag else ()
 
     @property
     def request_class(self) -> type[Message]:

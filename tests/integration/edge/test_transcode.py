@@ -61,6 +61,21 @@ async def test_key_is_made_with_credential_request_id_and_deadline(edge: Edge, i
     assert 20 < call.timeout_s < 31
 
 
+async def test_etag_that_no_header_can_hold_is_only_in_the_body(edge: Edge, identity: PeerDouble) -> None:
+    key = api_key_service_pb2.ApiKey(etag='a"\r\nx: y')
+    identity.answers["GetApiKey"] = api_key_service_pb2.GetApiKeyResponse(api_key=key)
+    response = await edge.client.get(f"{KEYS}/key_1")
+    assert (response.status_code, response.json()["api_key"]["etag"]) == (200, key.etag)
+    assert "etag" not in response.headers
+
+
+@pytest.mark.parametrize("key", ["", "x" * 256, "caf\u00e9"])
+async def test_idempotency_key_that_cannot_be_one_is_refused(edge: Edge, identity: PeerDouble, key: str) -> None:
+    response = await edge.client.post(KEYS, json={}, headers=[(b"idempotency-key", key.encode("latin-1"))])
+    assert error_of(response) == ("INVALID_ARGUMENT", ["Idempotency-Key"])
+    assert identity.received == []
+
+
 async def test_each_contract_goes_to_its_own_peer(edge: Edge, peers: dict[str, PeerDouble]) -> None:
     for name, path in (
         ("identity", "/admin/v1/principal"),

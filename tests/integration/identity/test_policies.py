@@ -46,7 +46,8 @@ class Organization:
         return await self.identity.refused(getattr(self.policies, name), request, secret or self.owner.secret)
 
     async def add(self, source: str = NO_KEYS, data: str = '{"names": ["Known"]}', **fields: Any) -> pb.Policy:
-        return (await self.call("CreatePolicy", policy=policy(source, data, **fields))).policy
+        made: pb.Policy = (await self.call("CreatePolicy", policy=policy(source, data, **fields))).policy
+        return made
 
     async def makes_key(self, display_name: str, secret: str = "") -> bool:
         """Whether a key may be made; what refuses must be a policy."""
