@@ -15,7 +15,7 @@ from tests.doubles.scripted_backend import ScriptedBackend, chat_document
 from tests.integration.router.conftest import PRINCIPAL, Router, running
 
 CHAT = {"model": "alias", "messages": [{"role": "user", "content": "a prompt that nobody else may see"}]}
-BOUND = replace(PRINCIPAL, policy_bound=True)
+BOUND = replace(PRINCIPAL, policy_bound=True, platform=False)
 REFUSED = DecideResponse(
     verdict=PolicyVerdict(allowed=False, denying_policy_id="policy_1", reason="Not at night.", policy_ids=["policy_1"])
 )
