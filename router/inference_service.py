@@ -51,6 +51,7 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
         deadline = call.deadline.get()
         now = self._engine.clock.monotonic()
         reader = _Reader()
+        losses = self._engine.journal.losses
         inference = self._engine.begin(
             InferenceRequest(
                 request_id=call.request_id.get(),
@@ -72,7 +73,7 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
         try:
             async for response in reader.responses():
                 # Nothing leaves before the journal has it.
-                self._engine.journal.secure()
+                self._engine.journal.secure(losses)
                 yield response
         finally:
             self._running.pop(inference, None)

@@ -116,6 +116,9 @@ class Journal:
         self._open: dict[int, Entry] = {}
         # By number, since of all changes of an entry only the last is to be written.
         self._queue: dict[int, Change] = {}
+        self._unwritten_begins = 0
+        self.losses = 0
+        """How often requests that had begun could not be written down; see `secure`."""
         self._unfolded: list[Change] = []
         self._published: dict[bytes, int] = {}
         self._commit_timer: asyncio.TimerHandle | None = None
@@ -157,6 +160,7 @@ class Journal:
         self._last_number = number = self._last_number + 1
         entry = self._open[number] = Entry(self, number, event)
         self._put(Change(number, False, 0, event))
+        self._unwritten_begins += 1
         return entry
 
     def record(self, event: bytes) -> None:
@@ -178,14 +182,17 @@ class Journal:
         if self._cannot_append:
             self.commit()
 
-    def secure(self) -> None:
+    def secure(self, losses: int) -> None:
         """To be called before anything leaves: all that is known outlives this process then. While nothing can be
         written, only what began before may leave; `check` says so of what begins.
 
-        Raises PlatformError(USAGE_UNRECORDABLE) once, when writing begins to fail: then nothing may leave.
+        Raises PlatformError(USAGE_UNRECORDABLE) where writing fails, or has failed since `losses` was read: then
+        nothing may leave whose beginning the caller has seen since, whoever it was that the write failed for.
         """
         if self._queue and not self._cannot_append:
             self.commit()
+        if losses != self.losses:
+            raise _unrecordable()
 
     def commit(self) -> None:
         """Make all that is known outlive this process, by one append to the log.
@@ -199,8 +206,12 @@ class Journal:
             self._log.append(changes)
         except OSError as error:
             self._cannot_append = self._failed(self._cannot_append, error)
+            if self._unwritten_begins:
+                self._unwritten_begins = 0
+                self.losses += 1
             raise _unrecordable() from error
         self._cannot_append = False
+        self._unwritten_begins = 0
         self._unfolded += changes
         self._queue.clear()
 

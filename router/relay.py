@@ -82,6 +82,7 @@ class Relay:
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
         self._last_opened = False
+        self._losses = engine.journal.losses
 
     async def batches(self) -> AsyncIterator[pb.RelayBatch]:
         """What goes to the edge; it ends when the relay was drained and all inferences have finished.
@@ -90,7 +91,7 @@ class Relay:
         PlatformError(USAGE_UNRECORDABLE), and what runs on this relay ends.
         """
         async for batch in self._outbox.batches():
-            self._engine.journal.secure()
+            self._engine.journal.secure(self._losses)
             yield batch
 
     def receive(self, batch: pb.RelayBatch) -> None:

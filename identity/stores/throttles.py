@@ -28,10 +28,11 @@ class ThrottleRows:
         After `free` of them each is followed by a wait, twice as long as the one before.
         """
         row = await self._connection.fetchrow(
-            "INSERT INTO throttles AS t (subject, attempts, attempt_time, free_time) VALUES ($1, 1, $2, $2)"
+            "INSERT INTO throttles AS t (subject, attempts, attempt_time, free_time) VALUES ($1, 1, $2, '-infinity')"
+            # Those who ask at the same time come in any order, so none of them may be before another's free_time.
             " ON CONFLICT (subject) DO UPDATE"
             " SET attempts = CASE WHEN t.attempt_time < $3 THEN 1 ELSE t.attempts + 1 END,"
-            " attempt_time = $2, free_time = CASE WHEN t.attempt_time < $3 OR t.attempts + 1 < $4 THEN $2"
+            " attempt_time = $2, free_time = CASE WHEN t.attempt_time < $3 OR t.attempts + 1 < $4 THEN '-infinity'"
             " ELSE $2 + least($6::interval, $5::interval * 2.0 ^ least(t.attempts + 1 - $4, 30)) END"
             " WHERE t.free_time <= $2 RETURNING subject",
             subject,

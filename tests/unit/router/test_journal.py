@@ -364,6 +364,35 @@ async def test_log_that_cannot_be_written_refuses_requests_until_it_can(
     await journal.close()
 
 
+async def test_whoever_finds_out_that_nothing_can_be_written_no_answer_leaves_that_is_not_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = open_journal(tmp_path)
+    async with running(journal):
+        before = journal.losses
+        journal.begin(event("req_written"))
+        journal.secure(before)
+        with monkeypatch.context() as patch:
+            patch.setattr(journal._log, "append", no_space)
+            journal.begin(event("req_unwritten"))
+            # The report on leases is what fails first.
+            with pytest.raises(PlatformError):
+                journal.commit()
+            for _ in range(2):
+                with pytest.raises(PlatformError) as raised:
+                    journal.secure(before)
+                assert raised.value.reason is Reason.USAGE_UNRECORDABLE
+            # Whose requests all began later is not concerned, nor is anybody by a change of what was written.
+            journal.secure(journal.losses)
+            after = journal.losses
+            with pytest.raises(PlatformError):
+                journal.commit()
+            assert journal.losses == after
+        journal.commit()
+        journal.secure(after)
+    await journal.close()
+
+
 async def test_disk_that_cannot_be_synced_refuses_requests_until_it_can_and_forgets_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
