@@ -127,7 +127,11 @@ class Exchanges:
         try:
             if exchange.is_shed and path not in _NEVER_SHED:
                 raise PlatformError(Reason.OVERLOADED)
-            await (endpoint or self._others)(scope, receive, send)
+            if endpoint is None:
+                endpoint = self._others
+                context.client_address.set(exchange.client_address)
+                context.user_agent.set(exchange.header(b"user-agent") or "")
+            await endpoint(scope, receive, send)
         except ClientGoneError:
             exchange.status = exchange.status or _CLIENT_GONE
             exchange.reason = Reason.CANCELLED

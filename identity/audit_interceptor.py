@@ -4,7 +4,6 @@ It stands before the interceptor that judges a call, so that what that one refus
 """
 
 import asyncio
-import ipaddress
 from typing import Any
 
 import grpc
@@ -19,7 +18,7 @@ from identity.audit_calls import Call, rpc_of
 from mesh import context as call
 from mesh.clock import Clock
 from mesh.errors import Reason, as_platform_error
-from mesh.interceptors.handler import Handler, metadata_value, proceed
+from mesh.interceptors.handler import Handler, proceed
 
 
 class AuditInterceptor(AsyncServerInterceptor):
@@ -37,9 +36,7 @@ class AuditInterceptor(AsyncServerInterceptor):
         not made."""
         if not method_name.startswith("/aiaas.") or (rpc := rpc_of(method_name)).internal:
             return await proceed(method, request, context)
-        client_address = _address(metadata_value(context, "x-client-address"))
-        call.client_address.set(client_address)
-        call.user_agent.set(metadata_value(context, "x-client-agent"))
+        client_address = call.client_address.get()
         made = Call(rpc, request if isinstance(request, Message) else Empty(), client_address, self._clock)
         attempt = Attempt(made.entry, self._audit, self._bounds, mutates=rpc.mutates)
         if rpc.mutates:
@@ -62,10 +59,3 @@ def _reason(error: BaseException) -> Reason:
     deadline = call.deadline.get()
     late = deadline is not None and asyncio.get_running_loop().time() >= deadline
     return Reason.DEADLINE_EXCEEDED if late else Reason.CANCELLED
-
-
-def _address(text: str) -> str:
-    try:
-        return str(ipaddress.ip_address(text))
-    except ValueError:
-        return ""

@@ -16,7 +16,6 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
 from aiaas.identity.v1 import policy_service_pb2
-from mesh import context
 from mesh.auth import Principal
 from mesh.errors import PlatformError, Reason, from_rpc_error
 
@@ -91,11 +90,6 @@ def resource_of(request: Message) -> str:
     _strip(told)
     text = json.dumps(MessageToDict(told, preserving_proto_field_name=True), ensure_ascii=False, separators=(",", ":"))
     return text if len(text.encode()) <= _RESOURCE_BYTES else "{}"
-
-
-def client_address() -> str:
-    """The network address of the client whose call is served; empty when unknown."""
-    return context.client_address.get()
 
 
 def _strip(message: Message) -> None:

@@ -23,6 +23,7 @@ from mesh import policies
 from mesh.auth import Principal
 from mesh.clock import Clock
 from mesh.errors import PlatformError, Reason
+from mesh.networks import check_network
 from mesh.policies import Decider
 from mesh.tracing import Span
 from router import metrics, requests, sse
@@ -41,7 +42,6 @@ from router.idempotency import Claim, Idempotency
 from router.journal import Entry, Journal
 from router.leases import Reservation
 from router.models import ENDPOINT_NAMES, Model
-from router.networks import check_network
 from router.rate_limits import Permit
 from router.requests import ParsedRequest
 from router.routing import RETRY_AFTER_S, Routing, check_endpoint

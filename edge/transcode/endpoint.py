@@ -15,7 +15,6 @@ from edge.exchange import Exchange, exchange_of
 from edge.peers import Peer, Peers, following
 from edge.transcode.binding import RestRequest, bind
 from edge.transcode.routes import Route, RouteTable
-from mesh import context
 from mesh.errors import PlatformError, to_aip193
 
 _TIMEOUT_S = 30.0
@@ -45,8 +44,6 @@ class Transcoder:
         route, path_values = self.table.find(exchange.method, scope["raw_path"])
         exchange.route = route.template
         exchange.take_credential(required=not route.is_public)
-        context.client_address.set(exchange.client_address)
-        context.user_agent.set(exchange.header(b"user-agent") or "")
         body = await exchange.read_body()
         if body:
             exchange.expect_json()

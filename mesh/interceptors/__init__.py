@@ -16,7 +16,7 @@ from mesh.interceptors.auth import AuthInterceptor
 from mesh.interceptors.deadline import DeadlineInterceptor
 from mesh.interceptors.errors import ErrorsInterceptor
 from mesh.interceptors.metrics import MetricsInterceptor
-from mesh.interceptors.request_id import RequestIdInterceptor
+from mesh.interceptors.origin import OriginInterceptor
 from mesh.interceptors.tracing import tracing_interceptor
 from mesh.policies import Decider
 from mesh.request_signatures import SignatureVerifier
@@ -41,7 +41,7 @@ def chain(
     as it is judged and as it ends.
     """
     return [
-        RequestIdInterceptor(),
+        OriginInterceptor(),
         *([tracing_interceptor()] if traced else []),
         MetricsInterceptor(),
         ErrorsInterceptor(),

@@ -14,6 +14,7 @@ from mesh import context as call
 from mesh import policies
 from mesh.auth import Authenticator, authorize, credential_of, find_method, policy_of
 from mesh.interceptors.handler import Handler, metadata_value, proceed
+from mesh.networks import check_network
 from mesh.policies import Decider
 from mesh.request_signatures import METADATA, SignatureVerifier, check, from_metadata
 
@@ -49,6 +50,7 @@ class AuthInterceptor(AsyncServerInterceptor):
             principal = await self._authenticator.authenticate(credential)
             # Set first, so that whoever sees a refusal knows whose it is.
             call.principal.set(principal)
+            check_network(principal.allowed_networks, call.client_address.get())
             if principal.signature_required:
                 await check(principal, from_metadata(_signature(context)), self._signatures)
             # A stream of requests is judged by permission alone; its handler judges each message.
@@ -61,7 +63,7 @@ class AuthInterceptor(AsyncServerInterceptor):
                     method_name,
                     policy.permission,
                     policies.resource_of(judged),
-                    metadata_value(context, "x-client-address"),
+                    call.client_address.get(),
                 )
             call.credential.set(credential)
         return await proceed(method, request, context)
