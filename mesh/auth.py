@@ -43,6 +43,8 @@ _CREDENTIAL_LENGTH = 8192
 _REFUSALS = 10_000
 # After identity was away, stale entries are served for this long before it is asked again.
 _AWAY_S = 1.0
+# So far may the clock of a machine be off.
+_CLOCK_ERROR_S = 90.0
 # What a refusal by the source means: the credential was judged. Every other failure says nothing about it.
 _VERDICTS = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 
@@ -279,6 +281,8 @@ class CachedAuthenticator:
         # By digest, since they were taken last; None is forgotten. None at all while nobody takes them.
         self._changes: dict[bytes, Confirmed | None] | None = None
         self._forgot = asyncio.Event()
+        self.revision = 0
+        """Of identity's log of revocations: up to there everybody whom it names was forgotten. 0 is not known."""
 
     @property
     def invalidations(self) -> int:
@@ -364,14 +368,21 @@ class CachedAuthenticator:
             entry.expires_at = min(entry.expires_at, now)
             entry.fresh_until = min(entry.fresh_until, now)
 
-    def restore(self, known: Mapping[bytes, Confirmed]) -> None:
+    def restore(self, known: Mapping[bytes, Confirmed], revision: int) -> None:
         """Begin with principals by the digests of their credentials, none of which serves before the source was asked,
-        unless that is away. From now on changes are kept for `take_changes`."""
+        unless that is away. From now on changes are kept for `take_changes`.
+
+        `revision` is that of the log of revocations which they are true for.
+        """
         monotonic, now = self._clock.monotonic(), self._clock.now().timestamp()
         self._changes = {}
+        self.revision = revision
         for digest, entry in known.items():
-            expires_at = min(monotonic, monotonic + self._ttl_s - (now - entry.confirmed_at))
-            if expires_at + self._stale_s <= monotonic or len(self._entries) >= self._max_entries:
+            age_s = now - entry.confirmed_at
+            expires_at = min(monotonic, monotonic + self._ttl_s - age_s)
+            # What was confirmed in a future that no clock of ours may be in has an age that nobody knows.
+            is_over = expires_at + self._stale_s <= monotonic or age_s < -_CLOCK_ERROR_S
+            if is_over or len(self._entries) >= self._max_entries:
                 self._changes[digest] = None
                 continue
             self._entries[digest] = _Entry(entry.principal, expires_at, expires_at)

@@ -56,24 +56,24 @@ async def listen(cache: Cache, authenticator: CachedAuthenticator) -> None:
 
 
 async def watch(stub: AuthServiceStub, authenticator: CachedAuthenticator) -> None:
-    """Have `authenticator` forget what identity's log names, until cancelled; goes on where it broke off.
+    """Have `authenticator` forget what identity's log names, until cancelled; goes on where it broke off, and first at
+    the authenticator's own revision.
 
     Where the log does not reach back so far, or leaves one out, all that is known is asked for again.
     """
-    revision = 0
     pause = 0
     while True:
         try:
-            async for told in stub.WatchRevocations(WatchRevocationsRequest(after_revision=revision)):
+            async for told in stub.WatchRevocations(WatchRevocationsRequest(after_revision=authenticator.revision)):
                 if pause:
                     logger.info("revocations are watched again")
                     pause = 0
                 named = told.WhichOneof("subject") is not None
-                if told.revision != revision + named:
+                if told.revision != authenticator.revision + named:
                     authenticator.expire_all()
                 if named:
                     authenticator.invalidate(told)
-                revision = told.revision
+                authenticator.revision = told.revision
         except grpc.aio.AioRpcError as error:
             if not pause:
                 logger.warning("revocations are not watched: %s", from_rpc_error(error).reason.value)

@@ -213,10 +213,10 @@ async def serve(
         ops_host, _, ops_port = config.ops_address.rpartition(":")
         ops_server = OpsServer(int(ops_port), {"registry": registry.check_loaded}, host=ops_host)
 
-        # Before the first call comes, so that it finds its model and a backend; without PostgreSQL it comes later.
+        # Before the first call comes, so that it finds its model and a backend; without PostgreSQL, what was known.
         with contextlib.suppress(PlatformError):
             await registry.refresh()
-            await prober.probe_all()
+        await prober.probe_all()
         async with asyncio.TaskGroup() as tasks:
             background = [
                 tasks.create_task(run(), name=name)

@@ -159,6 +159,10 @@ class Supervisor:
         process = self._children[name].process
         return process.pid if process else None
 
+    def program(self, name: str) -> Program:
+        """What was started under a name."""
+        return self._children[name].program
+
     def log_path(self, name: str) -> Path:
         """Where the program's output goes."""
         return self._state.root / "logs" / f"{name}.log"

@@ -188,7 +188,7 @@ class Trials:
         self._verdict.line(what, text, took[-1] <= most_s)
 
 
-async def measure(trials: int, verdict: Verdict) -> None:
+async def measure(trials: int, stream_trials: int, untold_trials: int, verdict: Verdict) -> None:
     """Everything, on servers of its own."""
     with State.temporary() as state:
         postgres, valkey = Postgres(state), Valkey(state)
@@ -214,13 +214,16 @@ async def measure(trials: int, verdict: Verdict) -> None:
             engine = stack.enter_context(fake_engine())
             await _add_model(routers[0], identity, engine.base_url)
             await _until_served(routers, (await found.new_key())[1])
-            await found.streams("running streams ended", routers, STREAM_TRIALS, MOST_STREAM_S)
+            await found.streams("running streams ended", routers, stream_trials, MOST_STREAM_S)
             await supervisor.stop("valkey")
             await found.refusals("refused, Redis dead: told over the watch", routers, trials, MOST_S)
+            await found.streams("running streams ended, Redis dead", routers, stream_trials, MOST_STREAM_S)
+            if not untold_trials:
+                return
             untold = await stack.enter_async_context(
                 running_router(state, "untold", identity, postgres, valkey, untold=True)
             )
-            await found.refusals("refused, nobody told", [untold], UNTOLD_TRIALS, MOST_UNTOLD_S)
+            await found.refusals("refused, nobody told", [untold], untold_trials, MOST_UNTOLD_S)
 
 
 async def _add_model(router: Router, identity: Calls, base_url: str) -> None:
@@ -263,7 +266,7 @@ def main() -> None:
     verdict = Verdict()
     try:
         print("| revoked keys at two routers | found | |\n| --- | --- | --- |", flush=True)
-        asyncio.run(measure(arguments.trials, verdict))
+        asyncio.run(measure(arguments.trials, STREAM_TRIALS, UNTOLD_TRIALS, verdict))
     except LoadError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -17,9 +17,12 @@ import time
 
 from deploy.local.errors import LocalError
 from tests.load.native import LoadError
-from tests.money.kills import LINES, Matrix, MissedError, matrix_on
+from tests.money import kills, outages
+from tests.money.kills import Matrix, MissedError, matrix_on
 from tests.money.platform import running_platform
 from tests.money.without import SWITCHES
+
+LINES = kills.LINES | outages.LINES
 
 
 async def run(names: list[str], without: str, seed: int, *, is_brief: bool = False) -> list[str]:

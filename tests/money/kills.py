@@ -96,7 +96,7 @@ class Matrix:
             f"{len(books.events):,} requests in three books, agreed after {after_s:.1f} s"
         )
         self.verdict.line(f"{line}: journal = analytics = ledger, nothing leaks", found, not findings)
-        for finding in findings[:3]:
+        for finding in {finding.kind: finding for finding in findings}.values():
             self.verdict.line(f"{line}: {finding.kind}", finding.what[:400])
         least, worst = self.platform.sampler.least, self.platform.sampler.worst
         if least is not None and least < 0:
@@ -353,7 +353,7 @@ async def postgres(matrix: Matrix) -> None:
     streams = await begin(matrix.hard, 20, tokens=TOKENS, pace_ms=100)
     free = await begin(matrix.plain, 5, tokens=TOKENS, pace_ms=100)
     async with Traffic([matrix.hard], stream_rate=0) as hard, Traffic([matrix.plain], stream_rate=0) as plain:
-        async with platform.postgres_killed():
+        async with platform.away("postgres"):
             killed = time.monotonic()
             await asyncio.sleep(POSTGRES_AWAY_S)
             stopped = [stream.seen for stream in streams]

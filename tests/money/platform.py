@@ -155,16 +155,18 @@ class Platform:
             resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
 
     @contextlib.asynccontextmanager
-    async def postgres_killed(self) -> AsyncIterator[None]:
-        """PostgreSQL killed as by a loss of power, and away until the end of the block."""
-        (program,) = self.stack.postgres.programs()
+    async def away(self, *names: str) -> AsyncIterator[None]:
+        """Programs killed as by a loss of power, and away until the end of the block; started again in this order."""
         supervisor = self.stack.supervisor
-        self._kill(program.name)
-        await supervisor.stop(program.name)
+        programs = [supervisor.program(name) for name in names]
+        for program in programs:
+            self._kill(program.name)
+            await supervisor.stop(program.name)
         try:
             yield
         finally:
-            await supervisor.start(program)
+            for program in programs:
+                await supervisor.start(program)
 
     def _kill(self, name: str) -> int:
         pid = self.stack.supervisor.pid(name)

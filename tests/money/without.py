@@ -212,6 +212,48 @@ def _stall() -> None:
     os.environ["AIAAS_EDGE_IDLE_TIMEOUT_S"] = "86400"
 
 
+def _snapshot() -> None:
+    """A router begins with nothing."""
+    from router.snapshot import RouterSnapshot
+
+    RouterSnapshot.restore = lambda self: self._authenticator.restore({}, 0)  # type: ignore[method-assign]
+
+
+def _stale() -> None:
+    """A principal is let in for a minute after it was confirmed, and no longer."""
+    from mesh.auth import CachedAuthenticator
+
+    restore = CachedAuthenticator.restore
+
+    def confirmed(self: CachedAuthenticator, *arguments: Any) -> None:
+        self._stale_s = 0.0
+        restore(self, *arguments)
+
+    CachedAuthenticator.restore = confirmed  # type: ignore[assignment,method-assign]
+
+
+def _forgetting() -> None:
+    """What is forgotten stays on disk."""
+    from router.snapshot import RouterSnapshot
+
+    write = RouterSnapshot._write
+
+    def keep(self: RouterSnapshot, changes: Any, *arguments: Any) -> None:
+        write(self, {digest: known for digest, known in changes.items() if known is not None}, *arguments)
+
+    RouterSnapshot._write = keep  # type: ignore[assignment,method-assign]
+
+
+def _verdict() -> None:
+    """Who cannot be judged is refused as if he had been."""
+    from mesh.auth import CachedAuthenticator
+    from mesh.errors import PlatformError, Reason
+
+    CachedAuthenticator._unavailable = lambda self, error: PlatformError(  # type: ignore[method-assign]
+        Reason.API_KEY_INVALID
+    )
+
+
 class Switch(NamedTuple):
     """The service that goes without a protection, how it is taken away, and the line of the matrix that misses it."""
 
@@ -240,6 +282,10 @@ SWITCHES = {
     "cancel": Switch("router", _cancel, "edge"),
     "hangup": Switch("edge", _hangup, "clients"),
     "stall": Switch("edge", _stall, "clients"),
+    "snapshot": Switch("router", _snapshot, "identity"),
+    "stale": Switch("router", _stale, "identity"),
+    "forgetting": Switch("router", _forgetting, "identity"),
+    "verdict": Switch("router", _verdict, "routes"),
 }
 """The protections that one can go without."""
 

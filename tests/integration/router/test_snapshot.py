@@ -106,6 +106,57 @@ async def test_revoked_credential_does_not_come_back_with_a_restart(
         assert await reason_of(router) is Reason.AUTH_UNAVAILABLE
 
 
+async def test_key_that_was_revoked_while_its_router_was_down_is_never_served(
+    config: RouterConfig, identity: PeerDouble, engine: ScriptedBackend
+) -> None:
+    log = Log(identity)
+    async with running(config, identity) as router:
+        await until(lambda: log.watches)
+        await router.add_model("m")
+        await router.add_backend("only", engine.base_url, "m")
+        assert await reason_of(router) is None
+        known, revision = router.credential, log.revision
+    await log.revoke(WatchRevocationsResponse(api_key_id=PRINCIPAL.api_key_id))
+    async with running(config, identity) as router:
+        # identity tells of revocations, and has no time to judge anybody.
+        identity.answers["Authenticate"] = PlatformError(Reason.UNAVAILABLE)
+        await until(lambda: len(log.watches) > 1)
+        assert log.watches[-1] == revision
+        router.credential = known
+
+        async def is_forgotten() -> bool:
+            return await reason_of(router) is Reason.AUTH_UNAVAILABLE
+
+        await until(is_forgotten)
+    await identity.stop()
+    async with running(config, identity) as router:
+        router.credential = known
+        assert await reason_of(router) is Reason.AUTH_UNAVAILABLE
+
+
+async def test_revoked_key_does_not_come_back_where_the_snapshot_cannot_be_written_any_more(
+    config: RouterConfig, identity: PeerDouble, engine: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = Log(identity)
+    known = await used(config, identity, engine)
+    with monkeypatch.context() as full:
+        full.setattr("router.snapshot._MAP_BYTES", 4096)
+        async with running(config, identity) as router:
+            await until(lambda: log.watches)
+            identity.answers["Authenticate"] = PlatformError(Reason.API_KEY_INVALID)
+            await log.revoke(WatchRevocationsResponse(api_key_id=PRINCIPAL.api_key_id))
+            router.credential = known
+
+            async def is_refused() -> bool:
+                return await reason_of(router) is Reason.API_KEY_INVALID
+
+            await until(is_refused)
+    await identity.stop()
+    async with running(config, identity) as router:
+        router.credential = known
+        assert await reason_of(router) is Reason.AUTH_UNAVAILABLE
+
+
 async def test_organization_with_a_budget_waits_for_the_ledger(
     config: RouterConfig, identity: PeerDouble, engine: ScriptedBackend
 ) -> None:

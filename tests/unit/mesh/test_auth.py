@@ -14,10 +14,12 @@ from aiaas.identity.v1 import auth_service_pb2, auth_service_pb2_grpc
 from mesh import tokens
 from mesh.auth import (
     CachedAuthenticator,
+    Confirmed,
     Principal,
     RemoteAuthenticator,
 )
 from mesh.errors import PlatformError, Reason, to_status
+from mesh.tokens import digest_of
 from tests.doubles.clock import ManualClock
 from tests.doubles.principals import KEY, principal
 
@@ -472,6 +474,30 @@ async def test_identity_that_hangs_is_away(source: Source, clock: ManualClock) -
     cache = CachedAuthenticator(source, clock, Random(1), timeout_s=0.02)
     source.open.clear()
     assert (await refused(cache.authenticate(KEY.text))).reason is Reason.AUTH_UNAVAILABLE
+
+
+@pytest.mark.parametrize(("age_s", "is_served"), [(0, True), (359, True), (361, False), (-89, True), (-91, False)])
+async def test_what_a_former_run_confirmed_has_the_age_that_it_has(
+    cache: CachedAuthenticator, source: Source, clock: ManualClock, age_s: float, is_served: bool
+) -> None:
+    source.failure = PlatformError(Reason.UNAVAILABLE)
+    known = Confirmed(principal(), clock.now().timestamp() - age_s)
+    cache.restore({digest_of(KEY.text): known}, 7)
+    assert cache.revision == 7
+    assert cache.cached(KEY.text) is None, "nobody has confirmed it in this run"
+    if is_served:
+        assert await cache.authenticate(KEY.text) == principal()
+    else:
+        assert (await refused(cache.authenticate(KEY.text))).reason is Reason.AUTH_UNAVAILABLE
+        assert cache.take_changes() == {digest_of(KEY.text): None}
+
+
+async def test_what_a_former_run_confirmed_is_asked_for_where_somebody_answers(
+    cache: CachedAuthenticator, source: Source, clock: ManualClock
+) -> None:
+    cache.restore({digest_of(KEY.text): Confirmed(principal(), clock.now().timestamp())}, 7)
+    del source.known[KEY.text]
+    assert (await refused(cache.authenticate(KEY.text))).reason is Reason.API_KEY_INVALID
 
 
 async def test_an_invalidated_key_is_not_served_while_identity_is_away(
