@@ -30,6 +30,6 @@ def count_unrecorded(why: str) -> None:
     _UNRECORDED.labels(why).inc()
 
 
-def count_unrecorded_decisions() -> None:
-    """Count a decision that is not in the log."""
-    _UNRECORDED_DECISIONS.inc()
+def count_unrecorded_decisions(count: int = 1) -> None:
+    """Count decisions that are not in the log."""
+    _UNRECORDED_DECISIONS.inc(count)

@@ -12,7 +12,7 @@ import msgspec
 from identity import fields
 from identity.organizations import existing
 from identity.policy_judge import PolicyJudge
-from identity.policy_worker import Bundle, Problem
+from identity.policy_rego import Bundle, Problem
 from mesh.clock import Clock
 from mesh.errors import PlatformError, Reason
 from mesh.ids import new_id
@@ -27,9 +27,10 @@ _POLICIES = 20
 _MODULES = 20
 _SOURCE_LENGTH = 64 << 10
 _DATA_LENGTH = 256 << 10
+_BUNDLE_LENGTH = 256 << 10
 _PATH_LENGTH = 200
 _DAY = timedelta(days=1)
-_BATCH = 500
+_BATCH = 100
 
 CHANGEABLE = ("display_name", "modules", "data_json", "disabled")
 """What an update may change."""
@@ -37,7 +38,8 @@ CHANGEABLE = ("display_name", "modules", "data_json", "disabled")
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """Rego modules that decide together. `version` grows with each change of what they say."""
+    """Rego modules that decide together. `version` grows with each change of what they say; `trial_id` names what is
+    not stored."""
 
     policy_id: str
     organization_id: str
@@ -48,11 +50,12 @@ class Policy:
     create_time: datetime = _NEVER
     update_time: datetime = _NEVER
     revision: int = field(default=1, compare=False)
+    trial_id: str = ""
 
     @property
     def key(self) -> str:
-        """What names its bundle."""
-        return f"{self.policy_id}:{self.version}"
+        """What names its bundle, and no other: one that is only tried has the name of its trial."""
+        return self.trial_id or f"{self.policy_id}:{self.version}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +90,7 @@ class Policies:
         """
         fields.check_request_id(request_id)
         fields.check_display_name(wanted.display_name, "policy.display_name")
-        await self._check_bundle(wanted.bundle)
+        await self._check_bundle(wanted.organization_id, wanted.bundle)
         now = self._clock.now()
         organization_id = wanted.organization_id
         new = replace(wanted, policy_id=new_id("policy", clock=self._clock), create_time=now, update_time=now)
@@ -128,7 +131,7 @@ class Policies:
             wanted.bundle.data_json if "data_json" in changed else before.bundle.data_json,
         )
         if bundle != before.bundle:
-            await self._check_bundle(bundle)
+            await self._check_bundle(organization_id, bundle)
         async with self._store.transaction() as stored:
             current = await self._policy(stored, organization_id, policy_id, lock=True)
             check_etag(etag, current.revision, "policy.etag")
@@ -155,13 +158,13 @@ class Policies:
             await stored.policies.remove(organization_id, policy_id)
             await stored.revoke("organization_id", organization_id)
 
-    async def problems(self, bundle: Bundle) -> Sequence[Problem]:
+    async def problems(self, organization_id: str, bundle: Bundle) -> Sequence[Problem]:
         """What is wrong with a bundle; nothing if it can be stored."""
         try:
             _check_size(bundle)
         except PlatformError as error:
             return [Problem("", 0, error.message)]
-        return await self._judge.problems(bundle)
+        return await self._judge.problems(organization_id, bundle)
 
     async def decisions(
         self,
@@ -202,9 +205,9 @@ class Policies:
             most -= len(batch)
             before = TimePlace(batch[-1].decide_time, batch[-1].policy_decision_id)
 
-    async def _check_bundle(self, bundle: Bundle) -> None:
+    async def _check_bundle(self, organization_id: str, bundle: Bundle) -> None:
         _check_size(bundle)
-        if problems := await self._judge.problems(bundle):
+        if problems := await self._judge.problems(organization_id, bundle):
             first = problems[0]
             place = f"{first.path}, line {first.line}: " if first.path else ""
             raise fields.invalid("policy.modules", f"does not compile: {place}{first.message}")
@@ -221,6 +224,8 @@ def _check_size(bundle: Bundle) -> None:
     if not 1 <= len(paths) <= _MODULES:
         raise fields.invalid("policy.modules", f"must hold 1 to {_MODULES} modules")
     fields.check_once(paths, "policy.modules")
+    if bundle.length > _BUNDLE_LENGTH:
+        raise fields.invalid("policy.modules", f"must have at most {_BUNDLE_LENGTH} characters with the data")
     for path, source in bundle.modules:
         if not 1 <= len(path) <= _PATH_LENGTH or not path.isprintable():
             raise fields.invalid("policy.modules.path", f"must have 1 to {_PATH_LENGTH} printable characters")
@@ -231,7 +236,7 @@ def _check_size(bundle: Bundle) -> None:
             raise fields.invalid("policy.data_json", f"must have at most {_DATA_LENGTH} characters")
         try:
             is_object = isinstance(msgspec.json.decode(bundle.data_json), dict)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             is_object = False
         if not is_object:
             raise fields.invalid("policy.data_json", "must be a JSON object")

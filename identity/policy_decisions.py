@@ -57,7 +57,7 @@ class PolicyDecisions:
         self._clock = clock
         self._judge = judge
         self._waiting: deque[Decision] = deque()
-        self._bundles: OrderedDict[tuple[str, int], Policy] = OrderedDict()
+        self._known: OrderedDict[str, Policy] = OrderedDict()
 
     async def decide(self, organization_id: str, asked: pb.PolicyInput) -> pb.PolicyVerdict:
         """The verdict on an input, which is recorded. Raises PlatformError(AUTH_UNAVAILABLE) while the database is
@@ -71,37 +71,31 @@ class PolicyDecisions:
             raise
         if not policies:
             return pb.PolicyVerdict(allowed=True)
-        ruling = (await self.judge(policies, [input_json(asked)]))[0]
+        ruling = (await ruled(self._judge, organization_id, policies, [input_json(asked)]))[0]
+        if ruling.failed:
+            logger.warning(
+                "a policy failed, which denies",
+                extra={"policy_id": ruling.denying_policy_id, "why": ruling.reason, "method": asked.method},
+            )
         self._note(organization_id, asked, ruling, int((self._clock.monotonic() - began) * 1_000_000))
         return verdict_of(ruling)
 
     async def policies(self, organization_id: str) -> list[Policy]:
         """The policies that decide, as they are now."""
-        with attempts.apart():
-            async with self._store.transaction(across=True) as stored:
-                versions = await stored.policies.versions(organization_id)
-                found = []
-                for policy_id, version in versions:
-                    policy = self._bundles.get((policy_id, version))
-                    if policy is None:
-                        policy = await stored.policies.get(organization_id, policy_id)
-                        if policy is None or policy.disabled:
-                            continue
-                        self._bundles[policy_id, policy.version] = policy
-                        if len(self._bundles) > _KNOWN:
-                            self._bundles.popitem(last=False)
-                    found.append(policy)
+        found = []
+        for policy_id, version in await self._store.policy_versions(organization_id):
+            policy = self._known.get(policy_id)
+            if policy is None or policy.version != version:
+                policy = await self._read(organization_id, policy_id)
+                if policy is None or policy.disabled:
+                    # It went in this moment.
+                    continue
+                self._known[policy_id] = policy
+                if len(self._known) > _KNOWN:
+                    self._known.popitem(last=False)
+            self._known.move_to_end(policy_id)
+            found.append(policy)
         return found
-
-    async def judge(self, policies: Sequence[Policy], inputs: Sequence[str]) -> list[Ruling]:
-        """What policies say of inputs (JSON) together: the first that does not allow one decides."""
-        policy_ids = tuple(policy.policy_id for policy in policies)
-        rulings = [Ruling(True, policy_ids) for _ in inputs]
-        for policy in policies:
-            for index, verdict in enumerate(await self._judge.judge(policy.key, policy.bundle, inputs)):
-                if rulings[index].allowed and not verdict.allowed:
-                    rulings[index] = Ruling(False, policy_ids, policy.policy_id, verdict.reason, verdict.failed)
-        return rulings
 
     async def run(self, stop: asyncio.Event) -> None:
         """Write decisions each second and remove old ones, until `stop` is set, and a last time then."""
@@ -128,6 +122,15 @@ class PolicyDecisions:
                 self._waiting.extendleft(reversed(batch))
                 logger.warning("decisions were not recorded: %s", error.reason.value)
                 return
+            except Exception as error:
+                # What the database refuses now it would refuse again, and nothing after it would ever be written.
+                count_unrecorded_decisions(len(batch))
+                logger.error("decisions are lost: %r", error)
+
+    async def _read(self, organization_id: str, policy_id: str) -> Policy | None:
+        with attempts.apart():
+            async with self._store.transaction(across=True) as stored:
+                return await stored.policies.get(organization_id, policy_id)
 
     async def _sweep(self) -> None:
         try:
@@ -157,6 +160,23 @@ class PolicyDecisions:
                 duration_micros=duration_micros,
             )
         )
+
+
+async def ruled(
+    judge: PolicyJudge, organization_id: str, policies: Sequence[Policy], inputs: Sequence[str]
+) -> list[Ruling]:
+    """What policies say of inputs (JSON) together: the first that does not allow one decides."""
+    policy_ids = tuple(policy.policy_id for policy in policies)
+    rulings = [Ruling(True, policy_ids) for _ in inputs]
+    for policy in policies:
+        asked = [index for index, ruling in enumerate(rulings) if ruling.allowed]
+        if not asked:
+            break
+        verdicts = await judge.judge(organization_id, policy.key, policy.bundle, [inputs[index] for index in asked])
+        for index, verdict in zip(asked, verdicts, strict=True):
+            if not verdict.allowed:
+                rulings[index] = Ruling(False, policy_ids, policy.policy_id, verdict.reason, verdict.failed)
+    return rulings
 
 
 def verdict_of(ruling: Ruling) -> pb.PolicyVerdict:

@@ -1,4 +1,4 @@
-"""Tries a policy on what was decided before; it never stores anything."""
+"""Tries policies on an input, or one on what was decided before; it never stores anything."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from datetime import datetime
 
 from aiaas.identity.v1 import policy_service_pb2 as pb
 from identity.policies import Decision, Policies, Policy
-from identity.policy_decisions import PolicyDecisions, Ruling
-from identity.policy_inputs import input_json
+from identity.policy_decisions import PolicyDecisions, Ruling, ruled
+from identity.policy_inputs import checked_input_json, input_json
+from identity.policy_judge import PolicyJudge
+from mesh.ids import new_id
 
 _EXAMPLES = 100
 
@@ -25,20 +27,28 @@ class DryRun:
 
 
 class PolicyDryRuns:
-    """Policies as if they were in use."""
+    """Policies as if they were in use. The judge is not the one that decides, so that no call waits for a trial."""
 
-    def __init__(self, policies: Policies, decisions: PolicyDecisions) -> None:
+    def __init__(self, policies: Policies, decisions: PolicyDecisions, judge: PolicyJudge) -> None:
         self._policies = policies
         self._decisions = decisions
+        self._judge = judge
+
+    async def evaluate(self, organization_id: str, asked: pb.PolicyInput) -> Ruling:
+        """What would be decided. Raises PlatformError(INVALID_ARGUMENT) for an input that no call could have."""
+        asked_json = checked_input_json(asked)
+        policies = await self._decisions.policies(organization_id)
+        return (await ruled(self._judge, organization_id, policies, [asked_json]))[0]
 
     async def run(
         self, organization_id: str, tried: Policy, start_time: datetime | None, end_time: datetime | None, most: int
     ) -> DryRun:
         """Judge the newest recorded decisions as if `tried` were in use, in the place of the policy with its id where
-        there is one."""
+        there is one. Raises PlatformError(NOT_FOUND) for an id that no policy has."""
+        if tried.policy_id:
+            await self._policies.get(organization_id, tried.policy_id)
         in_use = await self._decisions.policies(organization_id)
-        # A key of its own, so that what is compiled is never taken for what is stored.
-        tried = replace(tried, policy_id=tried.policy_id or "tried", version=-tried.version)
+        tried = replace(tried, trial_id=new_id("trial"))
         if any(policy.policy_id == tried.policy_id for policy in in_use):
             policies = [tried if policy.policy_id == tried.policy_id else policy for policy in in_use]
         else:
@@ -46,7 +56,9 @@ class PolicyDryRuns:
         found = DryRun()
         async for batch in self._policies.recorded(organization_id, start_time, end_time, most):
             inputs = [input_json(pb.PolicyInput.FromString(decision.input)) for decision in batch]
-            for decision, ruling in zip(batch, await self._decisions.judge(policies, inputs), strict=True):
+            for decision, ruling in zip(
+                batch, await ruled(self._judge, organization_id, policies, inputs), strict=True
+            ):
                 found.evaluated += 1
                 found.failed += ruling.failed
                 found.newly_denied += decision.allowed and not ruling.allowed

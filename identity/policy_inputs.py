@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from aiaas.identity.v1 import policy_service_pb2 as pb
 from mesh.auth import Principal
+from mesh.conversions import from_timestamp
+from mesh.errors import PlatformError
+from mesh.fields import invalid
+
+RESOURCE_LENGTH: Final = 64 << 10
 
 
 def input_json(asked: pb.PolicyInput) -> str:
@@ -32,9 +37,26 @@ def input_json(asked: pb.PolicyInput) -> str:
     return msgspec.json.encode(document).decode()
 
 
+def checked_input_json(asked: pb.PolicyInput) -> str:
+    """The same of an input that somebody made up. Raises PlatformError(INVALID_ARGUMENT) naming the field."""
+    if len(asked.resource_json) > RESOURCE_LENGTH:
+        raise invalid("input.resource_json", f"must have at most {RESOURCE_LENGTH} characters")
+    try:
+        is_object = not asked.resource_json or isinstance(msgspec.json.decode(asked.resource_json), dict)
+    except (msgspec.DecodeError, RecursionError):
+        is_object = False
+    if not is_object:
+        raise invalid("input.resource_json", "must be a JSON object")
+    from_timestamp(asked.request_time, "input.request_time")
+    try:
+        return input_json(asked)
+    except (PlatformError, ValueError, OverflowError):
+        raise invalid("input.principal", "is nobody who could call") from None
+
+
 def _object(text: str) -> Any:
     try:
         found = msgspec.json.decode(text) if text else {}
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

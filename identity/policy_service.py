@@ -1,8 +1,6 @@
 """PolicyService: requests to the domain, its answers back; it never decides anything."""
 
-from datetime import UTC, datetime
-
-from google.protobuf.timestamp_pb2 import Timestamp
+from datetime import datetime
 
 from aiaas.identity.v1 import policy_service_pb2 as pb
 from aiaas.identity.v1 import policy_service_pb2_grpc
@@ -10,10 +8,9 @@ from identity.fields import check_id
 from identity.policies import CHANGEABLE, Decision, Policies, Policy
 from identity.policy_decisions import PolicyDecisions, verdict_of
 from identity.policy_dry_runs import PolicyDryRuns
-from identity.policy_inputs import input_json
-from identity.policy_worker import Bundle, Problem
+from identity.policy_rego import Bundle, Problem
 from identity.principals import caller
-from mesh.conversions import to_timestamp
+from mesh.conversions import from_timestamp, to_timestamp
 from mesh.pages import TimePlace, cut, read_page_size, read_token
 from mesh.updates import etag_of, fields_to_change
 
@@ -69,8 +66,8 @@ class PolicyService(policy_service_pb2_grpc.PolicyServiceServicer):
 
     async def ValidatePolicy(self, request: pb.ValidatePolicyRequest, context: object) -> pb.ValidatePolicyResponse:
         """Compile a policy."""
-        check_id(request.organization_id, "organization_id")
-        problems = await self._policies.problems(_bundle_of(request.policy))
+        organization_id = check_id(request.organization_id, "organization_id")
+        problems = await self._policies.problems(organization_id, _bundle_of(request.policy))
         return pb.ValidatePolicyResponse(valid=not problems, problems=map(_problem_to_proto, problems))
 
     async def Evaluate(self, request: pb.EvaluateRequest, context: object) -> pb.EvaluateResponse:
@@ -80,19 +77,23 @@ class PolicyService(policy_service_pb2_grpc.PolicyServiceServicer):
             asked.principal.CopyFrom(caller().to_proto())
         if not asked.HasField("request_time"):
             asked.request_time.GetCurrentTime()
-        policies = await self._decisions.policies(check_id(request.organization_id, "organization_id"))
-        return pb.EvaluateResponse(verdict=verdict_of((await self._decisions.judge(policies, [input_json(asked)]))[0]))
+        ruling = await self._dry_runs.evaluate(check_id(request.organization_id, "organization_id"), asked)
+        return pb.EvaluateResponse(verdict=verdict_of(ruling))
 
     async def DryRunPolicy(self, request: pb.DryRunPolicyRequest, context: object) -> pb.DryRunPolicyResponse:
         """Judge recorded decisions again."""
         organization_id = check_id(request.organization_id, "organization_id")
         bundle = _bundle_of(request.policy)
-        problems = await self._policies.problems(bundle)
+        problems = await self._policies.problems(organization_id, bundle)
         if problems:
             return pb.DryRunPolicyResponse(problems=map(_problem_to_proto, problems))
         found = await self._dry_runs.run(
             organization_id,
-            _from_proto(organization_id, request.policy.policy_id, request.policy),
+            _from_proto(
+                organization_id,
+                request.policy.policy_id and check_id(request.policy.policy_id, "policy.policy_id"),
+                request.policy,
+            ),
             _moment(request, "start_time"),
             _moment(request, "end_time"),
             min(max(0, request.limit_decisions) or _DECISIONS, _MOST_DECISIONS),
@@ -135,8 +136,7 @@ class PolicyService(policy_service_pb2_grpc.PolicyServiceServicer):
 
 
 def _moment(request: pb.DryRunPolicyRequest | pb.ListPolicyDecisionsRequest, name: str) -> datetime | None:
-    moment: Timestamp = getattr(request, name)
-    return moment.ToDatetime(UTC) if request.HasField(name) else None  # type: ignore[arg-type]
+    return from_timestamp(getattr(request, name), name) if request.HasField(name) else None  # type: ignore[arg-type]
 
 
 def _bundle_of(message: pb.Policy) -> Bundle:

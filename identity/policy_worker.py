@@ -1,5 +1,4 @@
-"""A process that compiles and evaluates Rego for its parent, on its standard input and output; it never touches
-anything else.
+"""A process that has Rego evaluated for its parent, on its standard input and output; it never touches anything else.
 
 What organizations write runs here and not beside everybody else's calls: an evaluation holds the interpreter until it
 ends, and the parent kills whom it has waited for too long. A message is four bytes of length (big endian) and
@@ -8,56 +7,35 @@ MessagePack.
 
 from __future__ import annotations
 
-import re
+import os
 import resource
+import signal
 import struct
 import sys
 from collections import OrderedDict
+from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
 import regorus
 
-PACKAGE = "data.aiaas.policy"
+from identity.policy_rego import Bundle, Problem, Verdict, compiled, judged, problem_of, problems
+
 LENGTH = struct.Struct(">I")
-_KEPT = 500
-_MEMORY_BYTES = 1 << 30
-_REASON = 1000
-_AT = re.compile(r"--> (?P<path>[^\n]+?):(?P<line>\d+):\d+\n")
-_WRONG = re.compile(r"error: (?P<message>[^\n]+)")
-# They reach out, or answer differently each time, so that a decision could not be judged again.
-_FORBIDDEN = re.compile(r"\b(http\.send|net\.lookup_ip_addr|opa\.runtime|rand\.intn|time\.now_ns|uuid\.rfc4122)\s*\(")
-_COMMENT = re.compile(r"#[^\n]*")
-
-
-class Bundle(msgspec.Struct, frozen=True, array_like=True):
-    """What decides: sources by their paths, and a JSON object; empty for none."""
-
-    modules: tuple[tuple[str, str], ...]
-    data_json: str = ""
-
-
-class Problem(msgspec.Struct, frozen=True, array_like=True):
-    """What is wrong in a source; line 0 is none in particular."""
-
-    path: str
-    line: int
-    message: str
-
-
-class Verdict(msgspec.Struct, frozen=True, array_like=True):
-    """What a policy says of an input. What fails allows nothing."""
-
-    allowed: bool
-    reason: str = ""
-    failed: bool = False
+_KEPT_LENGTH = 16 << 20
+# On top of what is there at the start: of that the library has reserved a gibibyte, which it uses up first.
+_MEMORY_BYTES = 256 << 20
+# The parent stops waiting before; this ends a worker whose parent is gone.
+_GRACE_S = 5.0
 
 
 class Work(msgspec.Struct, frozen=True):
-    """What the parent asks: to judge inputs (JSON) by the bundle of a key, or to compile it, where there are none."""
+    """What the parent asks, and waits `limit_s` for: to judge inputs (JSON) by the bundle of a key, which is kept when
+    it is sent, or without a key to find what is wrong with one."""
 
     key: str
     inputs: list[str]
+    limit_s: float
     bundle: Bundle | None = None
 
 
@@ -69,77 +47,33 @@ class Done(msgspec.Struct, frozen=True):
     problems: list[Problem] = []
 
 
-def compiled(bundle: Bundle) -> regorus.Engine:
-    """An engine that judges by a bundle. Raises ValueError with the problem."""
-    engine = regorus.Engine()
-    for path, source in bundle.modules:
-        if found := _FORBIDDEN.search(_COMMENT.sub("", source)):
-            line = source[: source.find(found[1])].count("\n") + 1
-            raise ValueError(Problem(path, line, f"{found[1]} cannot be used: a decision depends on its input alone"))
-        if (package := _try(engine.add_policy, path, source)) != PACKAGE:
-            raise ValueError(Problem(path, 1, f"the package must be {PACKAGE.removeprefix('data.')}, and is {package}"))
-    if bundle.data_json:
-        _try(engine.add_data_json, bundle.data_json)
-    # Names and calls are looked at with the first evaluation only.
-    probe = engine.clone()
-    probe.set_input_json("{}")
-    _try(probe.eval_rule, f"{PACKAGE}.allow")
-    return engine
+class Engines:
+    """Compiled bundles by their keys: those used last, as many as fit into 16 Mi characters of source."""
 
+    def __init__(self) -> None:
+        self._engines: OrderedDict[str, tuple[regorus.Engine, int]] = OrderedDict()
+        self._length = 0
 
-def judged(engine: regorus.Engine, input_json: str) -> Verdict:
-    """The verdict on an input."""
-    try:
-        engine.set_input_json(input_json)
-        allowed = engine.eval_rule(f"{PACKAGE}.allow") is True
-        reason = ""
-        if not allowed:
-            try:
-                told = engine.eval_rule(f"{PACKAGE}.reason")
-            except Exception:
-                # A policy need not give one.
-                told = None
-            reason = told[:_REASON] if isinstance(told, str) else ""
-    except Exception as error:
-        return Verdict(False, problem_of(error).message[:_REASON], True)
-    return Verdict(allowed, reason)
-
-
-def problem_of(error: Exception) -> Problem:
-    """What the library says, without its backtrace."""
-    if isinstance(error, ValueError) and error.args and isinstance(error.args[0], Problem):
-        return error.args[0]
-    text = str(error).partition("Stack backtrace")[0]
-    at, wrong = _AT.search(text), _WRONG.search(text)
-    message = wrong["message"] if wrong else " ".join(text.split())
-    if message == "not a valid rule path":
-        message = "allow is not defined"
-    return Problem(at["path"] if at else "", int(at["line"]) if at else 0, message[:_REASON])
-
-
-def _try(call: object, *arguments: str) -> object:
-    try:
-        return call(*arguments)  # type: ignore[operator]
-    except BaseException as error:
-        # A panic of the library is no Exception.
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        raise ValueError(problem_of(Exception(str(error)))) from None
-
-
-def _work(engines: OrderedDict[str, regorus.Engine], work: Work) -> Done:
-    try:
+    def work(self, work: Work) -> Done:
+        """Do what is asked."""
+        if not work.key:
+            return Done(problems=problems(work.bundle) if work.bundle is not None else [])
         if work.bundle is not None:
-            engines[work.key] = compiled(work.bundle)
-            if len(engines) > _KEPT:
-                engines.popitem(last=False)
-        engine = engines.get(work.key)
-        if engine is None:
+            try:
+                self._keep(work.key, compiled(work.bundle), work.bundle.length)
+            except BaseException as error:
+                return Done(problems=[problem_of(error)])
+        if work.key not in self._engines:
             return Done(unknown=True)
-        engines.move_to_end(work.key)
+        self._engines.move_to_end(work.key)
+        engine, _ = self._engines[work.key]
         return Done(verdicts=[judged(engine, text) for text in work.inputs])
-    except ValueError as error:
-        return Done(problems=[problem_of(error)])
+
+    def _keep(self, key: str, engine: regorus.Engine, length: int) -> None:
+        self._length += length - self._engines.pop(key, (None, 0))[1]
+        self._engines[key] = engine, length
+        while self._length > _KEPT_LENGTH and len(self._engines) > 1:
+            self._length -= self._engines.popitem(last=False)[1][1]
 
 
 def _read(source: BinaryIO) -> bytes | None:
@@ -149,12 +83,20 @@ def _read(source: BinaryIO) -> bytes | None:
 
 def main() -> None:
     """Work until the parent closes the input."""
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
-    engines: OrderedDict[str, regorus.Engine] = OrderedDict()
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    memory_bytes = pages * resource.getpagesize() + _MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    # What the library prints must not be taken for an answer.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    engines = Engines()
     while (message := _read(sys.stdin.buffer)) is not None:
-        done = msgspec.msgpack.encode(_work(engines, msgspec.msgpack.decode(message, type=Work)))
-        sys.stdout.buffer.write(LENGTH.pack(len(done)) + done)
-        sys.stdout.buffer.flush()
+        work = msgspec.msgpack.decode(message, type=Work)
+        signal.setitimer(signal.ITIMER_REAL, work.limit_s + _GRACE_S)
+        done = msgspec.msgpack.encode(engines.work(work))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        answers.write(LENGTH.pack(len(done)) + done)
+        answers.flush()
 
 
 if __name__ == "__main__":

@@ -181,8 +181,9 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
                 store, clock, issuer_client, seal, sessions, f"{config.public_url.rstrip('/')}/sign-in/issuer"
             )
             principals = Principals(store, clock, last_uses, oauth_tokens, sessions)
-            judge = PolicyJudge(clock)
-            policies, decisions = Policies(store, clock, judge), PolicyDecisions(store, clock, judge)
+            # What is tried must not hold up what is decided.
+            judge, trial_judge = PolicyJudge(clock), PolicyJudge(clock)
+            policies, decisions = Policies(store, clock, trial_judge), PolicyDecisions(store, clock, judge)
             oauth = OauthService(
                 OauthClients(store, clock),
                 OauthGrants(store, clock),
@@ -234,7 +235,7 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
                     _served(
                         policy_service_pb2,
                         policy_service_pb2_grpc,
-                        PolicyService(policies, decisions, PolicyDryRuns(policies, decisions)),
+                        PolicyService(policies, decisions, PolicyDryRuns(policies, decisions, trial_judge)),
                     ),
                     _served(audit_service_pb2, audit_service_pb2_grpc, AuditService(audit)),
                     _served(
@@ -275,6 +276,7 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
                 await grpc_server.stop()
                 await ops_server.stop()
                 await judge.close()
+                await trial_judge.close()
                 ended.set()
     finally:
         if cache is not None:

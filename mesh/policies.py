@@ -55,9 +55,15 @@ class RemoteDecider:
 
 
 async def check(
-    decider: Decider | None, principal: Principal, method: str, permission: str, resource_json: str, client_address: str
+    decider: Decider | None,
+    principal: Principal,
+    method: str,
+    permission: str,
+    resource_json: str | None,
+    client_address: str,
 ) -> None:
-    """Hold a call to the policies of its caller's organization, if it has any.
+    """Hold a call to the policies of its caller's organization, if it has any. What is too long to be judged has None
+    for a resource.
 
     Raises PlatformError: PERMISSION_DENIED with the policy's reason, AUTH_UNAVAILABLE when nobody could judge it.
     """
@@ -65,6 +71,11 @@ async def check(
         return
     if decider is None:
         raise PlatformError(Reason.AUTH_UNAVAILABLE)
+    if resource_json is None:
+        # Judged without its content it would pass whatever a policy forbids.
+        raise PlatformError(
+            Reason.PERMISSION_DENIED, description="The request is too long for the policies of your organization."
+        )
     asked = policy_service_pb2.PolicyInput(
         principal=principal.to_proto(),
         method=method,
@@ -83,13 +94,13 @@ async def check(
         )
 
 
-def resource_of(request: Message) -> str:
-    """A request as JSON, without secrets, bytes and what is too long to judge."""
+def resource_of(request: Message) -> str | None:
+    """A request as JSON, without secrets and bytes; None if that is more than 64 KiB."""
     told = type(request)()
     told.CopyFrom(request)
     _strip(told)
     text = json.dumps(MessageToDict(told, preserving_proto_field_name=True), ensure_ascii=False, separators=(",", ":"))
-    return text if len(text.encode()) <= _RESOURCE_BYTES else "{}"
+    return text if len(text.encode()) <= _RESOURCE_BYTES else None
 
 
 def _strip(message: Message) -> None:

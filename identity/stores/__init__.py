@@ -33,7 +33,7 @@ from identity.stores.oauth_grants import OauthAuthorizationRows, OauthGrantRows
 from identity.stores.oauth_tokens import OauthTokenRows, find_token
 from identity.stores.organizations import OrganizationRows
 from identity.stores.passwords import PasswordRows, RecoveryRows
-from identity.stores.policies import PolicyDecisionRows, PolicyRows
+from identity.stores.policies import PolicyDecisionRows, PolicyRows, find_policy_versions
 from identity.stores.revocations import RevocationRows
 from identity.stores.roles import RoleRows
 from identity.stores.rows import Connection
@@ -176,6 +176,10 @@ class Store:
     async def oauth_token(self, oauth_token_id: str) -> StoredToken | None:
         """All that decides on an OAuth2 token, in one query."""
         return await find_token(self._database, oauth_token_id)
+
+    async def policy_versions(self, organization_id: str) -> list[tuple[str, int]]:
+        """The ids and versions of the policies that decide for an organization, in one query."""
+        return await find_policy_versions(self._database, organization_id)
 
 
 class _Held:

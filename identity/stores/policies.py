@@ -10,8 +10,9 @@ from datetime import datetime
 import msgspec
 
 from identity.policies import Decision, Policy
-from identity.policy_worker import Bundle
+from identity.policy_rego import Bundle
 from identity.stores.rows import Connection, Query, Row, found
+from mesh.database import Database
 from mesh.pages import TimePlace
 
 _COLUMNS = (
@@ -68,15 +69,6 @@ class PolicyRows:
         )
         return [_policy_of(row) for row in rows]
 
-    async def versions(self, organization_id: str) -> list[tuple[str, int]]:
-        """The ids and versions of those that decide, oldest first."""
-        rows = await self._connection.fetch(
-            "SELECT policy_id, version FROM policies WHERE organization_id = $1 AND NOT disabled"
-            " ORDER BY create_time, policy_id",
-            organization_id,
-        )
-        return [(row["policy_id"], row["version"]) for row in rows]
-
     async def change(self, policy: Policy) -> Policy:
         """Store what changed of a policy that is there; gives it with its new revision."""
         row = await self._connection.fetchrow(
@@ -99,6 +91,17 @@ class PolicyRows:
         await self._connection.execute(
             "DELETE FROM policies WHERE organization_id = $1 AND policy_id = $2", organization_id, policy_id
         )
+
+
+async def find_policy_versions(database: Database, organization_id: str) -> list[tuple[str, int]]:
+    """The ids and versions of those that decide, oldest first; one query without a transaction, as each decision asks
+    it."""
+    rows = await database.fetch(
+        "SELECT policy_id, version FROM policies WHERE organization_id = $1 AND NOT disabled"
+        " ORDER BY create_time, policy_id",
+        organization_id,
+    )
+    return [(row["policy_id"], row["version"]) for row in rows]
 
 
 class PolicyDecisionRows:

@@ -30,6 +30,8 @@ from tests.money.kills import AMPLE, BACK_WITHIN_S, HEALED_WITHIN_S, Matrix, Tra
 # Beyond the minute for which principals are remembered.
 AWAY_S = 75.0
 AWAY_LONG_S = 300.0
+# Routers write down whom they know every two seconds.
+WRITTEN_DOWN_S = 5.0
 REVOKED_WITHIN_S = 1.0
 _AT_ONCE = 8
 _TIMEOUT_S, _RPC_TIMEOUT_S = 30.0, 3.0
@@ -44,6 +46,8 @@ async def identity(matrix: Matrix) -> None:
     unknown, lost = await platform.new_client("Not seen yet"), await platform.new_client("Revoked")
     budgeted = await platform.new_client("With a hard budget", **AMPLE)
     await asyncio.gather(matrix.plain.ask(), lost.ask(), budgeted.ask())
+    # Only then has the router anybody to forget on disk as well.
+    await asyncio.sleep(WRITTEN_DOWN_S)
     revoked = await _revoked(matrix, lost)
     async with Traffic([matrix.plain]) as known, Traffic([budgeted], rate=5, stream_rate=0) as bound:
         async with platform.away("postgres", "identity"):

@@ -2,15 +2,24 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 
-from aiaas.identity.v1 import api_key_service_pb2, organization_service_pb2, policy_service_pb2_grpc
+from aiaas.identity.v1 import (
+    api_key_service_pb2,
+    configuration_service_pb2,
+    configuration_service_pb2_grpc,
+    organization_service_pb2,
+    policy_service_pb2_grpc,
+)
 from aiaas.identity.v1 import policy_service_pb2 as pb
+from aiaas.type.v1.principal_pb2 import Principal
 from identity.policy_judge import PolicyJudge
-from identity.policy_worker import Bundle
+from identity.policy_rego import Bundle
 from mesh.clock import SystemClock
 from mesh.errors import PlatformError, Reason
 from tests.integration.identity.auditing import entries
@@ -233,6 +242,65 @@ async def test_other_services_have_decisions_made(identity: Identity, organizati
     assert len(await recorded(organization, 2)) == 2
 
 
+async def test_trials_are_never_judged_by_another_trial(organization: Organization) -> None:
+    await organization.add("package aiaas.policy\nallow := true", "")
+    assert await organization.makes_key("Any")
+    await recorded(organization, 1)
+    for source, denied in (("allow := false", 1), ("allow := true", 0), ("allow := false", 1)):
+        found = await organization.call("DryRunPolicy", policy=policy(f"package aiaas.policy\n{source}"))
+        assert (found.evaluated, found.newly_denied) == (1, denied)
+    other = policy("package aiaas.policy\nallow := true")
+    other.policy_id = "policy_0000000000000000000000"
+    assert (await organization.refused("DryRunPolicy", policy=other)).reason is Reason.NOT_FOUND
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [
+        (pb.PolicyInput(resource_json="[1]"), "input.resource_json"),
+        (pb.PolicyInput(resource_json='{"a":' * 5_000), "input.resource_json"),
+        (pb.PolicyInput(principal=Principal(principal_id="user_1")), "input.principal"),
+        (pb.PolicyInput(request_time=Timestamp(seconds=1 << 60)), "input.request_time"),
+    ],
+)
+async def test_input_that_no_call_could_have_is_refused(
+    organization: Organization, asked: pb.PolicyInput, field: str
+) -> None:
+    error = await organization.refused("Evaluate", input=asked)
+    assert (error.reason, error.field) == (Reason.INVALID_ARGUMENT, field)
+
+
+async def test_data_that_is_nested_too_deeply_is_refused(organization: Organization) -> None:
+    deep = policy("package aiaas.policy\nallow := true", '{"a":' * 5_000)
+    error = await organization.refused("CreatePolicy", policy=deep)
+    assert (error.reason, error.field) == (Reason.INVALID_ARGUMENT, "policy.data_json")
+
+
+async def test_reason_holds_nothing_that_a_log_or_the_database_cannot(organization: Organization) -> None:
+    source = 'package aiaas.policy\nallow := false\nreason := "no\\u0000more\\n2026-01-01 all is well"'
+    made = await organization.add(source, "")
+    assert not await organization.makes_key("Any")
+    (decision,) = await recorded(organization, 1)
+    assert decision.verdict.reason == "no more 2026-01-01 all is well"
+    assert decision.verdict.denying_policy_id == made.policy_id
+
+
+async def test_request_that_is_too_long_to_be_judged_is_denied(organization: Organization) -> None:
+    await organization.add('package aiaas.policy\nallow if not input.resource.document == "x"', "")
+    request = configuration_service_pb2.ApplyConfigurationRequest(
+        organization_id=organization.id, document="#" * (70 << 10)
+    )
+    stub = configuration_service_pb2_grpc.ConfigurationServiceStub(organization.identity.channel)
+    error = await organization.identity.refused(stub.ApplyConfiguration, request, organization.owner.secret)
+    assert error.reason is Reason.PERMISSION_DENIED
+    assert "too long for the policies" in error.message
+    # What manages policies is not judged, however long.
+    long = policy("package aiaas.policy\nallow := true\n" + "# more\n" * 8_500)
+    for number in range(1, 4):
+        long.modules.add(path=f"more{number}.rego", source=long.modules[0].source.replace("allow", f"x{number}"))
+    await organization.call("CreatePolicy", policy=long)
+
+
 # One organization's policy must not hold up anybody else's calls.
 
 
@@ -250,21 +318,99 @@ def bundle(source: str) -> Bundle:
 async def test_policy_that_takes_too_long_denies_and_is_asked_no_more_for_a_while(judge: PolicyJudge) -> None:
     endless = bundle(
         "package aiaas.policy\nallow if input.n == 0\n"
-        "allow if count([1 | some i in numbers.range(1, 9000); some j in numbers.range(1, input.n)]) > 0"
+        "allow if count([1 | some i in numbers.range(1, input.n); some j in numbers.range(1, input.n)]) > 0"
     )
     quick = bundle("package aiaas.policy\nallow := true")
-    assert [verdict.allowed for verdict in await judge.judge("endless:1", endless, ['{"n": 0}'])] == [True]
+    assert [verdict.allowed for verdict in await judge.judge("org_1", "endless:1", endless, ['{"n": 0}'])] == [True]
     for _ in range(4):
-        (verdict,) = await judge.judge("endless:1", endless, ['{"n": 9000}'])
+        (verdict,) = await judge.judge("org_1", "endless:1", endless, ['{"n": 9000}'])
         assert (verdict.allowed, verdict.failed, verdict.reason) == (False, True, "The policy takes too long.")
-        assert [each.allowed for each in await judge.judge("quick:1", quick, ["{}"])] == [True]
+        assert [each.allowed for each in await judge.judge("org_2", "quick:1", quick, ["{}"])] == [True]
 
 
 async def test_worker_that_dies_is_started_again(judge: PolicyJudge) -> None:
     quick = bundle("package aiaas.policy\nallow := true")
-    assert [each.allowed for each in await judge.judge("quick:1", quick, ["{}"])] == [True]
+    assert [each.allowed for each in await judge.judge("org_2", "quick:1", quick, ["{}"])] == [True]
     process = judge._process
     assert process is not None
     process.kill()
     await process.wait()
-    assert [each.allowed for each in await judge.judge("quick:1", quick, ["{}"])] == [True]
+    assert [each.allowed for each in await judge.judge("org_2", "quick:1", quick, ["{}"])] == [True]
+
+
+async def test_caller_that_is_gone_leaves_its_answer_to_nobody_and_costs_no_worker(judge: PolicyJudge) -> None:
+    always, never = bundle("package aiaas.policy\nallow := true"), bundle("package aiaas.policy\nallow := false")
+    worker = None
+    abandoned = 0
+    for steps in range(30):
+        gone = asyncio.create_task(judge.judge("org_1", "always:1", always, ["{}"] * 100))
+        async with asyncio.timeout(10):
+            while judge._process is None:
+                # The first is gone while the worker starts, and the others at any moment after that.
+                await asyncio.sleep(0)
+        worker = worker or judge._process
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.wait([gone])
+        abandoned += gone.cancelled()
+        verdicts = await judge.judge("org_2", "never:1", never, ["{}"])
+        assert [(verdict.allowed, verdict.failed) for verdict in verdicts] == [(False, False)]
+    assert abandoned > 10
+    assert judge._process is worker
+
+
+async def test_slow_policy_holds_up_another_organization_by_one_evaluation_at_most(judge: PolicyJudge) -> None:
+    slow = bundle(
+        "package aiaas.policy\n"
+        "allow if count([1 | some i in numbers.range(1, 100); some j in numbers.range(1, 100)]) > 0"
+    )
+    quick = bundle("package aiaas.policy\nallow := true")
+    await judge.judge("org_1", "slow:1", slow, ["{}"])
+    await judge.judge("org_2", "quick:1", quick, ["{}"])
+    order: list[str] = []
+
+    async def asks(organization_id: str, key: str, asked: Bundle) -> None:
+        await judge.judge(organization_id, key, asked, ["{}"])
+        order.append(organization_id)
+
+    async with asyncio.TaskGroup() as calls:
+        for _ in range(10):
+            calls.create_task(asks("org_1", "slow:1", slow))
+        calls.create_task(asks("org_2", "quick:1", quick))
+    assert order.index("org_2") <= 1
+
+
+async def test_policy_that_breaks_the_interpreter_denies_and_others_go_on(judge: PolicyJudge) -> None:
+    recursive = bundle("package aiaas.policy\nf(x) := f(x + 1)\nallow if input.go\nallow if f(1)")
+    (verdict,) = await judge.judge("org_1", "recursive:1", recursive, ["{}"])
+    assert (verdict.allowed, verdict.failed) == (False, True)
+    quick = bundle("package aiaas.policy\nallow := true")
+    assert [each.allowed for each in await judge.judge("org_2", "quick:1", quick, ["{}"])] == [True]
+    assert [each.message for each in await judge.problems("org_1", recursive)]
+
+
+async def test_one_input_to_blame_does_not_fail_the_others(judge: PolicyJudge) -> None:
+    endless = bundle(
+        "package aiaas.policy\nallow if input.n == 0\n"
+        "allow if count([1 | some i in numbers.range(1, input.n); some j in numbers.range(1, input.n)]) > 0"
+    )
+    verdicts = await judge.judge("org_1", "endless:1", endless, ['{"n": 0}', '{"n": 9000}', '{"n": 0}'])
+    assert [(each.allowed, each.failed) for each in verdicts] == [(True, False), (False, True), (True, False)]
+
+
+async def test_worker_knows_no_secret_of_the_environment(judge: PolicyJudge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIAAS_IDENTITY_DATABASE_URL", "postgresql://secret")
+    await judge.judge("org_1", "quick:1", bundle("package aiaas.policy\nallow := true"), ["{}"])
+    process = judge._process
+    assert process is not None
+    environment = await asyncio.to_thread(Path(f"/proc/{process.pid}/environ").read_bytes)
+    assert b"PATH=" in environment
+    assert b"secret" not in environment
+
+
+async def test_nothing_that_cannot_be_evaluated_is_allowed(judge: PolicyJudge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
+    with pytest.raises(PlatformError) as raised:
+        await judge.judge("org_1", "quick:1", bundle("package aiaas.policy\nallow := true"), ["{}"])
+    assert raised.value.reason is Reason.AUTH_UNAVAILABLE
