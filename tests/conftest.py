@@ -19,6 +19,7 @@ from redis.asyncio import Redis
 from deploy.local.servers import Postgres, RabbitMQ, Valkey
 from deploy.local.state import State
 from deploy.local.supervisor import Supervisor
+from mesh.migrate import migrate
 from mesh.topology import EVENTS, USAGE
 
 _GROUPS = {"amqp_url": "amqp", "platform": "e2e"}
@@ -45,6 +46,7 @@ class Servers:
     valkey: Valkey
     rabbitmq: RabbitMQ
     started: set[str] = field(default_factory=set)
+    templates: set[str] = field(default_factory=set)
 
     def start(self, server: Postgres | Valkey | RabbitMQ) -> None:
         """Starts a server that nobody has asked for yet."""
@@ -57,6 +59,35 @@ class Servers:
         pid = self.supervisor.pid(server.name)
         assert pid is not None
         return pid
+
+    async def database(self, name: str, template: str = "template1") -> str:
+        """The address of a new database, a copy of `template`."""
+        self.start(self.postgres)
+        await self.ready(self.postgres)
+        connection = await asyncpg.connect(self.postgres.admin_url)
+        try:
+            await connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+        finally:
+            await connection.close()
+        return urlsplit(self.postgres.admin_url)._replace(path=f"/{name}").geturl()
+
+    async def drop_database(self, name: str) -> None:
+        """Remove a database, whoever is connected to it."""
+        await self.ready(self.postgres)
+        connection = await asyncpg.connect(self.postgres.admin_url)
+        try:
+            await connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+        finally:
+            await connection.close()
+
+    async def migrated(self, package: str) -> str:
+        """The name of a database to copy, in which all migrations of a package are applied: a tenth of the time that
+        applying them takes."""
+        name = f"template_{package.replace('.', '_')}"
+        if name not in self.templates:
+            await migrate(await self.database(name), package)
+            self.templates.add(name)
+        return name
 
     async def ready(self, server: Postgres | Valkey | RabbitMQ) -> None:
         """Returns once a server answers."""
@@ -77,16 +108,9 @@ def servers() -> Iterator[Servers]:
 @pytest.fixture
 async def postgres_url(servers: Servers) -> AsyncIterator[str]:
     """An empty database, dropped after the test."""
-    servers.start(servers.postgres)
     name = f"test_{uuid.uuid4().hex}"
-    connection = await asyncpg.connect(servers.postgres.admin_url)
-    await connection.execute(f'CREATE DATABASE "{name}"')
-    await connection.close()
-    yield urlsplit(servers.postgres.admin_url)._replace(path=f"/{name}").geturl()
-    await servers.ready(servers.postgres)
-    connection = await asyncpg.connect(servers.postgres.admin_url)
-    await connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
-    await connection.close()
+    yield await servers.database(name)
+    await servers.drop_database(name)
 
 
 @pytest.fixture

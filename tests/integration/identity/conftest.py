@@ -1,12 +1,13 @@
 """identity on a real PostgreSQL, one new database for each test."""
 
+import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import asyncpg
 import pytest
 
-from mesh.migrate import migrate
+from tests.conftest import Servers
 from tests.integration.identity.auditing import Sql
 from tests.integration.identity.budgeting import Ledger, ledger_of
 from tests.integration.identity.harness import Identity, running_identity
@@ -14,10 +15,11 @@ from tests.integration.identity.leasing import UNBALANCED, UNTOLD, Router
 
 
 @pytest.fixture
-async def database_url(postgres_url: str) -> str:
+async def database_url(servers: Servers) -> AsyncIterator[str]:
     """A database of identity, migrated and empty."""
-    await migrate(postgres_url, "identity.migrations")
-    return postgres_url
+    name = f"identity_{uuid.uuid4().hex}"
+    yield await servers.database(name, await servers.migrated("identity.migrations"))
+    await servers.drop_database(name)
 
 
 @pytest.fixture
