@@ -21,7 +21,11 @@ Headers = Sequence[tuple[bytes, bytes]]
 CONNECTION = "aiaas.connection"
 """Where a scope's extensions have the `Connection` of its request, if the server offers one."""
 
-_is_sane_request_id = re.compile(r"[A-Za-z0-9_.-]{1,128}").fullmatch
+# What a client chooses is told in logs, spans, events and entries, so it must not be what the client mistook for one: a
+# credential.
+_is_sane_request_id = re.compile(
+    r"(?!.*ai[a-z]{2}_[a-z]+_[A-Za-z0-9]{20})(?!sk-|eyJ|whsec_)[A-Za-z0-9_.-]{1,128}"
+).fullmatch
 # What no credential of any kind looks like, and gRPC metadata could not carry.
 _is_sane_credential = re.compile(r"[\x21-\x7e]{1,4096}").fullmatch
 # How long, and for how much, a body that was refused is still read, so that its sender gets to see the answer.
@@ -197,12 +201,18 @@ class Exchange:
         authorization = self.header(b"authorization")
         if authorization is None and not required:
             return
-        credential = credential_of(authorization or "")
+        self.use_credential(credential_of(authorization or ""))
+        if request_signatures.HEADER in self.headers:
+            self._take_signature(b"")
+
+    def use_credential(self, credential: str) -> None:
+        """Hand a credential on to every call from here on.
+
+        Raises PlatformError(API_KEY_INVALID) for what could not even be passed on.
+        """
         if not _is_sane_credential(credential):
             raise PlatformError(Reason.API_KEY_INVALID)
         context.credential.set(credential)
-        if request_signatures.HEADER in self.headers:
-            self._take_signature(b"")
 
     def expect_json(self) -> None:
         """Raises PlatformError(UNSUPPORTED_MEDIA_TYPE) if the body is declared to be anything but JSON."""

@@ -301,16 +301,23 @@ def _check_of_platform(caller: Principal, role_ids: Collection[str], field: str)
 
 
 def _checked(key: ApiKey) -> ApiKey:
-    """The key with its networks in their usual spelling. Raises PlatformError(INVALID_ARGUMENT) naming the field."""
-    fields.check_display_name(key.display_name, "api_key.display_name")
-    fields.check_models(key.allowed_models, "api_key.allowed_models")
-    fields.check_rate_limits(key.rate_limits, "api_key.rate_limits")
-    if len(key.scopes) > _SCOPES:
-        raise fields.invalid("api_key.scopes", f"may hold {_SCOPES} values")
-    fields.check_once(key.scopes, "api_key.scopes")
-    if not all(roles.expand(scope) for scope in key.scopes):
-        raise fields.invalid("api_key.scopes", "names a permission that does not exist")
+    """The key with its networks in their usual spelling. Raises PlatformError(INVALID_ARGUMENT) naming the fields."""
+    fields.check_all(
+        lambda: fields.check_display_name(key.display_name, "api_key.display_name"),
+        lambda: fields.check_models(key.allowed_models, "api_key.allowed_models"),
+        lambda: fields.check_rate_limits(key.rate_limits, "api_key.rate_limits"),
+        lambda: _check_scopes(key.scopes),
+        lambda: fields.checked_networks(key.allowed_networks, "api_key.allowed_networks"),
+    )
     return replace(key, allowed_networks=fields.checked_networks(key.allowed_networks, "api_key.allowed_networks"))
+
+
+def _check_scopes(scopes: Collection[str]) -> None:
+    if len(scopes) > _SCOPES:
+        raise fields.invalid("api_key.scopes", f"may hold {_SCOPES} values")
+    fields.check_once(scopes, "api_key.scopes")
+    if not all(roles.expand(scope) for scope in scopes):
+        raise fields.invalid("api_key.scopes", "names a permission that does not exist")
 
 
 def _some(permissions: frozenset[str]) -> str:

@@ -9,7 +9,10 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from identity import fields
+from identity.audit_chain import AuditChange, AuditEntry, AuditOutcome
 from identity.budgets import LARGEST, Budget, budget
 from mesh.auth import Principal
 from mesh.clock import Clock
@@ -188,9 +191,28 @@ class BudgetOverrides:
             for organization_id in {override.organization_id for override in due} | {place[0] for place in falling}:
                 await stored.budgets.change_revision(organization_id)
             ended = await stored.budget_overrides.expire([override.budget_override_id for override in due])
+            # In one order, as each takes its organization's chain.
+            for override in sorted(ended, key=lambda one: (one.organization_id, one.budget_override_id)):
+                await self._store.record(stored, self._expired(override))
             raised = {(override.budget_id, override.period_start) for override in ended if override.period_start}
             for budget_id, period_start in sorted(raised | {place[1:] for place in falling}):
                 await _lower(stored, budget_id, period_start)
+
+    def _expired(self, override: BudgetOverride) -> AuditEntry:
+        return AuditEntry(
+            audit_entry_id=new_id("aud", clock=self._clock),
+            organization_id=override.organization_id,
+            event_time=self._clock.now(),
+            method="BudgetOverrides",
+            outcome=AuditOutcome.SUCCEEDED,
+            resource_type="budget_override",
+            resource_id=override.budget_override_id,
+            reason="expired",
+            changes=(
+                AuditChange("budget_id", after_json=msgspec.json.encode(override.budget_id).decode()),
+                AuditChange("state", after_json=msgspec.json.encode(override.state.value).decode()),
+            ),
+        )
 
     async def _to_change(
         self, stored: Transaction, organization_id: str, budget_id: str, budget_override_id: str
@@ -205,7 +227,12 @@ class BudgetOverrides:
     ) -> BudgetOverride:
         """A pending override that the caller may decide on, locked."""
         current = await self._to_change(stored, organization_id, budget_id, budget_override_id)
-        if current.requester_id == _person(caller):
+        if not (caller.user_id or caller.service_account_id):
+            raise PlatformError(
+                Reason.PERMISSION_DENIED,
+                description="An API key that acts for nobody cannot decide on an override: a second person must.",
+            )
+        if _person(caller) == await _behind(stored, organization_id, current.requester_id):
             raise PlatformError(
                 Reason.PERMISSION_DENIED,
                 description="You asked for this override, so somebody else must decide on it.",
@@ -227,6 +254,17 @@ async def _override(
     if found is None:
         raise PlatformError(Reason.NOT_FOUND)
     return found
+
+
+async def _behind(stored: Transaction, organization_id: str, requester_id: str) -> str:
+    """Who asked: what a key that acts for nobody asks for, its maker asks for, who may have been such a key again."""
+    seen: set[str] = set()
+    while requester_id not in seen:
+        seen.add(requester_id)
+        key = await stored.api_keys.get(organization_id, requester_id)
+        if key is not None:
+            requester_id = key.user_id or key.service_account_id or key.creator_id
+    return requester_id
 
 
 async def _lower(stored: Transaction, budget_id: str, period_start: datetime) -> None:

@@ -258,11 +258,16 @@ def _check_room(new: Budget, period: BudgetPeriod, overrides: int) -> None:
 
 def _checked(wanted: Budget) -> Budget:
     """The budget with its thresholds in order, or the default ones. Raises PlatformError(INVALID_ARGUMENT)."""
-    fields.check_display_name(wanted.display_name, "budget.display_name")
-    check_model(wanted.model, "budget.model")
-    if not 0 <= wanted.limit <= LARGEST:
-        raise fields.invalid("budget.limit", f"must be 0 to {LARGEST}")
-    fields.check_once(wanted.alert_percents, "budget.alert_percents")
-    if not all(1 <= percent <= _MOST_PERCENT for percent in wanted.alert_percents):
-        raise fields.invalid("budget.alert_percents", f"must hold values of 1 to {_MOST_PERCENT}")
+    percents = wanted.alert_percents
+    fields.check_all(
+        lambda: fields.check_display_name(wanted.display_name, "budget.display_name"),
+        lambda: check_model(wanted.model, "budget.model"),
+        lambda: fields.require(0 <= wanted.limit <= LARGEST, "budget.limit", f"must be 0 to {LARGEST}"),
+        lambda: fields.check_once(percents, "budget.alert_percents"),
+        lambda: fields.require(
+            all(1 <= percent <= _MOST_PERCENT for percent in percents),
+            "budget.alert_percents",
+            f"must hold values of 1 to {_MOST_PERCENT}",
+        ),
+    )
     return replace(wanted, alert_percents=tuple(sorted(wanted.alert_percents)) or DEFAULT_ALERT_PERCENTS)

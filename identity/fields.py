@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from mesh.auth import RateLimits
+from mesh.fields import check_all as check_all
 from mesh.fields import check_display_name as check_display_name
 from mesh.fields import check_filter as check_filter
 from mesh.fields import check_id as check_id
@@ -18,6 +19,7 @@ from mesh.fields import check_once as check_once
 from mesh.fields import check_request_id as check_request_id
 from mesh.fields import invalid as invalid
 from mesh.fields import is_id as is_id
+from mesh.fields import require as require
 
 _EMAIL_LENGTH = 254
 _REASON_LENGTH = 1000
@@ -64,11 +66,13 @@ def checked_networks(networks: Sequence[str], field: str) -> tuple[str, ...]:
 
 def check_rate_limits(limits: RateLimits, field: str) -> None:
     """Limits above zero and within reason, and each model's once."""
-    _check_rate(limits.requests_per_second, f"{field}.limit_requests_per_second")
-    _check_count(limits.burst_requests, f"{field}.burst_requests")
-    _check_count(limits.tokens_per_minute, f"{field}.limit_tokens_per_minute")
-    _check_count(limits.concurrent_requests, f"{field}.limit_concurrent_requests")
-    check_models([model.model for model in limits.models], f"{field}.models")
+    check_all(
+        lambda: _check_rate(limits.requests_per_second, f"{field}.limit_requests_per_second"),
+        lambda: _check_count(limits.burst_requests, f"{field}.burst_requests"),
+        lambda: _check_count(limits.tokens_per_minute, f"{field}.limit_tokens_per_minute"),
+        lambda: _check_count(limits.concurrent_requests, f"{field}.limit_concurrent_requests"),
+        lambda: check_models([model.model for model in limits.models], f"{field}.models"),
+    )
     for index, model in enumerate(limits.models):
         _check_rate(model.requests_per_second, f"{field}.models[{index}].limit_requests_per_second")
         _check_count(model.tokens_per_minute, f"{field}.models[{index}].limit_tokens_per_minute")

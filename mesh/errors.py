@@ -6,12 +6,13 @@ is Google's AIP-193.
 """
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 from google.protobuf import duration_pb2, json_format
@@ -25,6 +26,13 @@ _STATUS_DETAILS_KEY = "grpc-status-details-bin"
 # gRPC refuses more than 8 KiB of trailers, and a refused trailer hides the error it carried.
 _MESSAGE_LENGTH = 1024
 _DETAIL_LENGTH = 256
+_VIOLATIONS_LENGTH = 3072
+
+MOST_VIOLATIONS = 50
+"""How many wrong fields are looked for: a request may be made of nothing else."""
+# What gives itself away by its form (mesh.telemetry has the rest): the platform's tokens, OpenAI's, webhooks' and JWTs.
+_CREDENTIAL = re.compile(r"ai[a-z]{2}_[a-z]+_\w{20,}|\bsk-[\w-]{16,}|\bwhsec_[\w+/=-]{16,}|\beyJ[\w-]+\.[\w-]+\.[\w-]+")
+_LEAST_CREDENTIAL = 20
 
 
 class Reason(StrEnum):
@@ -299,6 +307,8 @@ _FROM_TRANSPORT = {
     grpc.StatusCode.UNAVAILABLE: Reason.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED: Reason.DEADLINE_EXCEEDED,
     grpc.StatusCode.CANCELLED: Reason.CANCELLED,
+    # The peer does not know the method, being older than its contract.
+    grpc.StatusCode.UNIMPLEMENTED: Reason.UNIMPLEMENTED,
 }
 
 # What a gRPC code means when a newer peer sends a reason that this version does not know.
@@ -310,16 +320,23 @@ _FROM_PEER = _FROM_TRANSPORT | {
     grpc.StatusCode.INVALID_ARGUMENT: Reason.INVALID_ARGUMENT,
     grpc.StatusCode.FAILED_PRECONDITION: Reason.FAILED_PRECONDITION,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Reason.RATE_LIMIT_EXCEEDED,
-    grpc.StatusCode.UNIMPLEMENTED: Reason.UNIMPLEMENTED,
 }
 
 _CODES = {int(code.value[0]): code for code in grpc.StatusCode}
 
 
+class Violation(NamedTuple):
+    """One field of a request that is wrong, as the caller wrote it, and what is wrong with it."""
+
+    field: str
+    description: str
+
+
 class PlatformError(Exception):
     """The one exception that crosses rooms.
 
-    `field` names the request field that is wrong, as the caller wrote it. `description` replaces the catalog's
+    `field` names the request field that is wrong, as the caller wrote it; `violations` tell every one, where there are
+    several (`together` makes such an error). `description` replaces the catalog's
     sentence and is public: it never holds a secret, a prompt or another tenant's data. `retry_after_s` tells in how
     many seconds another try makes sense. Details fill the sentence's placeholders and travel as ErrorInfo metadata;
     "x-should-retry" is "false" where no wait would help, and a rate limit's x-ratelimit-* become headers.
@@ -332,9 +349,12 @@ class PlatformError(Exception):
         field: str | None = None,
         description: str | None = None,
         retry_after_s: float | None = None,
+        violations: Sequence[Violation] = (),
         **details: str,
     ) -> None:
         self.reason = reason
+        if violations and field is None:
+            field = violations[0].field
         self.field = None if field is None else _clean(field, _DETAIL_LENGTH)
         self.retry_after_s = retry_after_s
         self.details: Mapping[str, str] = {name: _clean(value, _DETAIL_LENGTH) for name, value in details.items()}
@@ -343,6 +363,9 @@ class PlatformError(Exception):
             placeholders["field"] = self.field
         text = self.entry.sentence.format_map(placeholders) if description is None else description
         self.message = _clean(text, _MESSAGE_LENGTH)
+        self.violations = _bounded(violations)
+        if self.field is not None and not self.violations:
+            self.violations = (Violation(self.field, self.message),)
         super().__init__(f"{reason.value}: {self.message}")
 
     @property
@@ -357,9 +380,40 @@ class _Placeholders(dict[str, str]):
         return key
 
 
+def _bounded(violations: Sequence[Violation]) -> tuple[Violation, ...]:
+    """As many of them as an answer has room for."""
+    kept: list[Violation] = []
+    room = _VIOLATIONS_LENGTH
+    for field, description in violations:
+        violation = Violation(_clean(field, _DETAIL_LENGTH), _clean(description, 2 * _DETAIL_LENGTH))
+        room -= sum(len(text.encode()) for text in violation)
+        if room < 0:
+            break
+        kept.append(violation)
+    return tuple(kept)
+
+
+def together(errors: Sequence[PlatformError]) -> PlatformError:
+    """One error for several that each name fields: the first one's reason, and all that is wrong."""
+    first, *others = errors
+    if not others:
+        return first
+    violations = [violation for error in errors for violation in error.violations]
+    also = ", ".join(f"'{violation.field}'" for violation in violations[len(first.violations) :])
+    return PlatformError(
+        first.reason, field=first.field, description=f"{first.message} Also wrong: {also}.", violations=violations
+    )
+
+
 def _clean(text: str, length: int) -> str:
-    """`text` as UTF-8 of at most `length` characters; JSON can smuggle in lone surrogates, which protobuf refuses."""
-    return str(text)[:length].encode("utf-8", "replace").decode("utf-8")
+    """`text` as UTF-8 of at most `length` characters; JSON can smuggle in lone surrogates, which protobuf refuses.
+
+    A client may have written its key where a name belongs, and whoever reads its errors must not read that.
+    """
+    text = str(text)
+    if len(text) >= _LEAST_CREDENTIAL:
+        text = _CREDENTIAL.sub("[redacted]", text)
+    return text[:length].encode("utf-8", "replace").decode("utf-8")
 
 
 def as_platform_error(error: BaseException) -> PlatformError:
@@ -379,9 +433,9 @@ def to_status(error: BaseException) -> status_pb2.Status:
     details: list[Message] = [
         error_details_pb2.ErrorInfo(reason=reason.value.upper(), domain=DOMAIN, metadata=known.details)
     ]
-    if known.field is not None:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=known.field, description=known.message)
-        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if known.violations:
+        bad = [error_details_pb2.BadRequest.FieldViolation(field=at, description=said) for at, said in known.violations]
+        details.append(error_details_pb2.BadRequest(field_violations=bad))
     if known.retry_after_s is not None:
         delay = duration_pb2.Duration()
         delay.FromMilliseconds(max(0, math.ceil(known.retry_after_s * 1000)))
@@ -398,7 +452,7 @@ def to_status(error: BaseException) -> status_pb2.Status:
 
 def from_status(status: status_pb2.Status) -> PlatformError:
     """The error that a peer put into `status` with `to_status`; a status that is not ours becomes one of UNAVAILABLE,
-    DEADLINE_EXCEEDED, CANCELLED and INTERNAL."""
+    DEADLINE_EXCEEDED, CANCELLED, UNIMPLEMENTED and INTERNAL."""
     code = _CODES.get(status.code, grpc.StatusCode.UNKNOWN)
     info = error_details_pb2.ErrorInfo()
     bad_request = error_details_pb2.BadRequest()
@@ -414,8 +468,8 @@ def from_status(status: status_pb2.Status) -> PlatformError:
         reason = _FROM_PEER.get(code, Reason.INTERNAL)
     error = PlatformError(
         reason,
-        field=bad_request.field_violations[0].field if bad_request.field_violations else None,
         description=status.message or None,
+        violations=[Violation(bad.field, bad.description) for bad in bad_request.field_violations],
         retry_after_s=(retry_info.retry_delay.ToMilliseconds() / 1000 if retry_info.HasField("retry_delay") else None),
     )
     # Metadata keys are another process's words; as keyword arguments they could collide with ours.

@@ -4,11 +4,12 @@ Every check takes the field as the client wrote it ("api_key.display_name") and 
 that names it. None of them repeats the value: it may be anything.
 """
 
+import itertools
 import re
 import unicodedata
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 
-from mesh.errors import PlatformError, Reason
+from mesh.errors import MOST_VIOLATIONS, PlatformError, Reason, together
 
 NAME_LENGTH = 200
 """Characters of a name for people."""
@@ -21,6 +22,31 @@ _UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
 def invalid(field: str, rule: str) -> PlatformError:
     """The error for a field that breaks a rule."""
     return PlatformError(Reason.INVALID_ARGUMENT, field=field, description=f"'{field}' {rule}.")
+
+
+def require(holds: bool, field: str, rule: str) -> None:
+    """A rule that a field keeps."""
+    if not holds:
+        raise invalid(field, rule)
+
+
+def check_all(*checks: Callable[[], object]) -> None:
+    """Every check, so that one error names every field that breaks a rule (google.rpc.BadRequest)."""
+    wrong: list[PlatformError] = []
+    for check in checks:
+        try:
+            check()
+        except PlatformError as error:
+            if error.reason is not Reason.INVALID_ARGUMENT or error.field is None:
+                raise
+            wrong.append(error)
+    refuse(wrong)
+
+
+def refuse(problems: Iterable[PlatformError]) -> None:
+    """One error for all of them, but for what is beyond the first 50; none raise nothing."""
+    if wrong := list(itertools.islice(problems, MOST_VIOLATIONS)):
+        raise together(wrong)
 
 
 def is_id(value: str) -> bool:

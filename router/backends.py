@@ -10,7 +10,7 @@ import asyncio
 import ipaddress
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import MappingProxyType
@@ -19,6 +19,7 @@ from typing import Protocol
 from aiaas.router.v1.backend_service_pb2 import EngineKind
 from mesh.clock import Clock, SystemClock
 from mesh.errors import PlatformError, Reason
+from mesh.fields import refuse
 from router import metrics
 from router.models import Model
 from router.prices import Price, PriceSchedule, schedules
@@ -78,50 +79,55 @@ class Backend:
 
 
 def check_backend(backend: Backend) -> None:
-    """Hold a backend to the contract's rules. Raises PlatformError(INVALID_ARGUMENT) that names the field."""
+    """Hold a backend to the contract's rules. Raises PlatformError(INVALID_ARGUMENT) that names the fields."""
+    refuse(_problems(backend))
+
+
+def _problems(backend: Backend) -> Iterator[PlatformError]:
     if not _ID.fullmatch(backend.backend_id):
-        raise _invalid("backend.backend_id", "must be 1 to 64 of a-z 0-9 -")
-    check_base_url(backend.base_url)
+        yield _invalid("backend.backend_id", "must be 1 to 64 of a-z 0-9 -")
+    if wrong := _wrong_with(backend.base_url):
+        yield _invalid("backend.base_url", wrong)
     if backend.engine not in (EngineKind.ENGINE_KIND_VLLM, EngineKind.ENGINE_KIND_LLAMACPP):
-        raise _invalid("backend.engine", "must be ENGINE_KIND_VLLM or ENGINE_KIND_LLAMACPP")
+        yield _invalid("backend.engine", "must be ENGINE_KIND_VLLM or ENGINE_KIND_LLAMACPP")
     if len(backend.models) > _MODELS:
-        raise _invalid("backend.models", f"may hold {_MODELS} models")
+        yield _invalid("backend.models", f"may hold {_MODELS} models")
     seen = set()
-    for index, model in enumerate(backend.models):
+    for index, model in enumerate(backend.models[:_MODELS]):
         place = f"backend.models[{index}]"
         if not _MODEL_ID.fullmatch(model.model_id):
-            raise _invalid(f"{place}.model_id", "must be the id of a registered model")
+            yield _invalid(f"{place}.model_id", "must be the id of a registered model")
         if model.model_id in seen:
-            raise _invalid(f"{place}.model_id", "repeats a model")
+            yield _invalid(f"{place}.model_id", "repeats a model")
         seen.add(model.model_id)
         if len(model.upstream_model) > _UPSTREAM_MODEL_LENGTH or not model.upstream_model.isprintable():
-            raise _invalid(f"{place}.upstream_model", f"must be at most {_UPSTREAM_MODEL_LENGTH} printable characters")
+            yield _invalid(f"{place}.upstream_model", f"must be at most {_UPSTREAM_MODEL_LENGTH} printable characters")
     if not 1 <= backend.weight <= 1000:
-        raise _invalid("backend.weight", "must be 1 to 1000")
+        yield _invalid("backend.weight", "must be 1 to 1000")
     if not 0 <= backend.limit_concurrent_requests <= _LIMIT_REQUESTS:
-        raise _invalid("backend.limit_concurrent_requests", f"must be 0 to {_LIMIT_REQUESTS}")
+        yield _invalid("backend.limit_concurrent_requests", f"must be 0 to {_LIMIT_REQUESTS}")
     if not 0 <= backend.first_byte_timeout_millis <= _FIRST_BYTE_TIMEOUT_MILLIS:
-        raise _invalid("backend.first_byte_timeout_millis", f"must be 0 to {_FIRST_BYTE_TIMEOUT_MILLIS}")
+        yield _invalid("backend.first_byte_timeout_millis", f"must be 0 to {_FIRST_BYTE_TIMEOUT_MILLIS}")
     if backend.credential_variable and not _CREDENTIAL_VARIABLE.fullmatch(backend.credential_variable):
-        raise _invalid("backend.credential_variable", f"must be empty or {CREDENTIAL_PREFIX} and A-Z 0-9 _")
+        yield _invalid("backend.credential_variable", f"must be empty or {CREDENTIAL_PREFIX} and A-Z 0-9 _")
 
 
-def check_base_url(base_url: str) -> None:
-    """Accept an http(s) address of host, port and plain path; no credentials, query, fragment, dots or escapes in the
-    path, so that what is appended to it is what the engine sees."""
-    field_name = "backend.base_url"
+def _wrong_with(base_url: str) -> str | None:
+    """What keeps a text from being an http(s) address of host, port and plain path; no credentials, query, fragment,
+    dots or escapes in the path, so that what is appended to it is what the engine sees."""
     parts = _BASE_URL.fullmatch(base_url) if len(base_url) <= _BASE_URL_LENGTH else None
     if parts is None:
-        raise _invalid(field_name, 'must be an address such as "http://127.0.0.1:8000", without credentials or query')
+        return 'must be an address such as "http://127.0.0.1:8000", without credentials or query'
     if parts["host"].startswith("["):
         try:
             ipaddress.IPv6Address(parts["host"][1:-1])
         except ValueError:
-            raise _invalid(field_name, "holds a wrong IPv6 address") from None
+            return "holds a wrong IPv6 address"
     if parts["port"] is not None and not 1 <= int(parts["port"]) <= 65535:
-        raise _invalid(field_name, "must have a port of 1 to 65535")
+        return "must have a port of 1 to 65535"
     if parts["path"].endswith("/v1"):
-        raise _invalid(field_name, "must not end with /v1; the router adds it")
+        return "must not end with /v1; the router adds it"
+    return None
 
 
 def unknown_model(index: int) -> PlatformError:

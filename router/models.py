@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from aiaas.type.v1.usage_event_pb2 import Endpoint
 from mesh.errors import PlatformError, Reason
+from mesh.fields import refuse
 
 ENDPOINT_NAMES: Mapping[int, str] = {
     Endpoint.ENDPOINT_CHAT_COMPLETIONS: "chat.completions",
@@ -39,27 +40,31 @@ class Model:
 
 
 def check_model(model: Model) -> None:
-    """Hold a model to the contract's rules. Raises PlatformError(INVALID_ARGUMENT) that names the field."""
+    """Hold a model to the contract's rules. Raises PlatformError(INVALID_ARGUMENT) that names the fields."""
+    refuse(_problems(model))
+
+
+def _problems(model: Model) -> Iterator[PlatformError]:
     if not _NAME.fullmatch(model.model_id):
-        raise _invalid("model.model_id", "must be 1 to 128 of a-z A-Z 0-9 . _ : / -")
+        yield _invalid("model.model_id", "must be 1 to 128 of a-z A-Z 0-9 . _ : / -")
     if len(model.aliases) > _ALIASES:
-        raise _invalid("model.aliases", f"may hold {_ALIASES} names")
-    for index, alias in enumerate(model.aliases):
+        yield _invalid("model.aliases", f"may hold {_ALIASES} names")
+    for index, alias in enumerate(model.aliases[:_ALIASES]):
         if not _NAME.fullmatch(alias):
-            raise _invalid(f"model.aliases[{index}]", "must be 1 to 128 of a-z A-Z 0-9 . _ : / -")
+            yield _invalid(f"model.aliases[{index}]", "must be 1 to 128 of a-z A-Z 0-9 . _ : / -")
         if alias == model.model_id or alias in model.aliases[:index]:
-            raise _invalid(f"model.aliases[{index}]", "repeats a name of this model")
+            yield _invalid(f"model.aliases[{index}]", "repeats a name of this model")
     if len(model.owner) > _OWNER_LENGTH or not model.owner.isprintable():
-        raise _invalid("model.owner", f"must be at most {_OWNER_LENGTH} printable characters")
+        yield _invalid("model.owner", f"must be at most {_OWNER_LENGTH} printable characters")
     if model.context_tokens < 0:
-        raise _invalid("model.context_tokens", "must not be negative")
+        yield _invalid("model.context_tokens", "must not be negative")
     if not model.endpoints:
-        raise _invalid("model.endpoints", "must name at least one endpoint")
+        yield _invalid("model.endpoints", "must name at least one endpoint")
     for index, endpoint in enumerate(model.endpoints):
         if endpoint == Endpoint.ENDPOINT_UNSPECIFIED or endpoint not in Endpoint.values():
-            raise _invalid(f"model.endpoints[{index}]", "must be a known endpoint")
+            yield _invalid(f"model.endpoints[{index}]", "must be a known endpoint")
         if endpoint in model.endpoints[:index]:
-            raise _invalid(f"model.endpoints[{index}]", "repeats an endpoint")
+            yield _invalid(f"model.endpoints[{index}]", "repeats an endpoint")
 
 
 def name_taken(field: str) -> PlatformError:

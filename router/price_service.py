@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from datetime import datetime
 from typing import Any
 
@@ -14,6 +15,7 @@ from aiaas.router.v1 import price_service_pb2 as pb
 from aiaas.router.v1 import price_service_pb2_grpc
 from mesh.conversions import from_timestamp
 from mesh.errors import PlatformError
+from mesh.fields import check_all
 from mesh.ids import new_id
 from mesh.pages import Moment, cut, read_page_size, read_token
 from router.backends import Registry
@@ -42,6 +44,7 @@ class PriceService(price_service_pb2_grpc.PriceServiceServicer):
         """Add a version of a model's price."""
         require(request, "price")
         require_same_id(request.model_id, request.price.model_id, "price.model_id")
+        check_all(*(functools.partial(_amount, request.price, name) for name in _AMOUNTS))
         prompt, cached_prompt, completion = (_amount(request.price, name) for name in _AMOUNTS)
         given = None
         if request.price.HasField("valid_from"):

@@ -14,9 +14,10 @@ from google.protobuf.message import Message
 
 from edge.transcode.fields import convert, field_named, is_map, is_mask, is_nested, parse_json, wrong
 from edge.transcode.routes import ETAG, REQUEST_ID, WHOLE_REQUEST, Route
-from mesh.errors import PlatformError, Reason
+from mesh.errors import PlatformError, Reason, together
 
 IF_MATCH = "If-Match"
+IDEMPOTENCY_KEY = "Idempotency-Key"
 
 _QUERY_FIELDS = 1000
 
@@ -35,21 +36,29 @@ class RestRequest:
 def bind(route: Route, rest: RestRequest) -> Message:
     """The request of the route's RPC.
 
-    Raises PlatformError: INVALID_JSON, UNKNOWN_FIELD, INVALID_ARGUMENT, each naming the field.
+    Raises PlatformError: INVALID_JSON, UNKNOWN_FIELD, INVALID_ARGUMENT, naming every field that is wrong.
     """
     descriptor = route.method.input_type
     values = _body_values(route, rest.body)
     given_in_body = values.get(route.body) if route.resource is not None else None
+    problems: list[PlatformError] = []
     for name, text in _query(rest.query):
-        _put_query_value(values, route, name, text)
+        try:
+            _put_query_value(values, route, name, text)
+        except PlatformError as error:
+            problems.append(error)
     for name, text in rest.path_values.items():
         _put(values, descriptor, name, text, f"'{name}' contradicts the path.")
     if route.verb != "GET":
         _put_etag(values, route, rest.if_match)
-        if rest.idempotency_key and route.takes_request_id:
-            _put(values, descriptor, REQUEST_ID, rest.idempotency_key, "'request_id' contradicts Idempotency-Key.")
+        _put_idempotency_key(values, route, rest.idempotency_key)
     masks = _take_masks(values, descriptor)
-    request = convert(values, descriptor)
+    try:
+        request = convert(values, descriptor)
+    except PlatformError as error:
+        raise together([*problems, error]) from None
+    if problems:
+        raise together(problems)
     for mask in (known for known in descriptor.fields if is_mask(known)):
         if mask.name in masks:
             paths = _mask_paths(masks[mask.name], mask.name, route.resource)
@@ -154,6 +163,22 @@ def _put_etag(values: dict[str, Any], route: Route, if_match: str | None) -> Non
         _put(values[route.body], route.resource, ETAG, etag, contradiction)
     else:
         raise PlatformError(Reason.INVALID_ARGUMENT, field=IF_MATCH, description="This method takes no etag.")
+
+
+def _put_idempotency_key(values: dict[str, Any], route: Route, key: str) -> None:
+    """Bind Idempotency-Key to the request's id. Where a repeat would do something again and nothing could tell, the
+    key is refused: what it asks for is not kept. Another verb does the same however often it is sent."""
+    if not key:
+        return
+    if route.takes_request_id:
+        contradiction = f"'request_id' contradicts {IDEMPOTENCY_KEY}."
+        _put(values, route.method.input_type, REQUEST_ID, key, contradiction)
+    elif route.verb == "POST":
+        raise PlatformError(
+            Reason.INVALID_ARGUMENT,
+            field=IDEMPOTENCY_KEY,
+            description=f"This method takes no {IDEMPOTENCY_KEY}: look what became of a call before you repeat it.",
+        )
 
 
 def _take_masks(values: dict[str, Any], descriptor: Descriptor) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import Message
 from starlette.types import Receive, Scope, Send
 
+from edge.browser import take_credential
 from edge.exchange import Exchange, exchange_of
 from edge.peers import Peer, Peers, following
 from edge.transcode.binding import RestRequest, bind
@@ -43,7 +44,7 @@ class Transcoder:
         exchange = exchange_of(scope)
         route, path_values = self.table.find(exchange.method, scope["raw_path"])
         exchange.route = route.template
-        exchange.take_credential(required=not route.is_public)
+        take_credential(exchange, required=not route.is_public)
         body = await exchange.read_body()
         if body:
             exchange.expect_json()
@@ -52,7 +53,7 @@ class Transcoder:
             scope["query_string"],
             body,
             exchange.header(b"if-match"),
-            exchange.idempotency_key() if route.takes_request_id else "",
+            "" if route.verb == "GET" else exchange.idempotency_key(),
         )
         await self._rpcs[route.rpc].serve(exchange, bind(route, rest))
 

@@ -5,8 +5,10 @@ What JSON a field takes is decided by protobuf's own json_format alone. Where th
 by trying the values one by one.
 """
 
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from google.protobuf import json_format
@@ -14,9 +16,9 @@ from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescript
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from mesh.errors import PlatformError, Reason
+from mesh.errors import MOST_VIOLATIONS, PlatformError, Reason, together
 
-Leaf = Callable[[Descriptor, FieldDescriptor, Any, str], None]
+Leaf = Callable[[Descriptor, FieldDescriptor, Any], bool]
 
 FIELD_MASK = "google.protobuf.FieldMask"
 
@@ -69,16 +71,15 @@ def _no_constant(name: str) -> Any:
 def convert(value: dict[str, Any], descriptor: Descriptor) -> Message:
     """The message that a JSON object stands for.
 
-    Raises PlatformError(UNKNOWN_FIELD) or INVALID_ARGUMENT, naming the field by its path from the message, for example
-    "filter.models[2]".
+    Raises PlatformError(UNKNOWN_FIELD) or INVALID_ARGUMENT, naming the fields that are wrong, up to 50, by their paths
+    from the message, for example "filter.models[2]".
     """
-    _walk(value, descriptor, "", _accept)
-    try:
-        return json_format.ParseDict(value, GetMessageClass(descriptor)())
-    except Exception:
+    if next(_problems(value, descriptor, "", _may_be), None) is None:
         # json_format raises more than its ParseError, and its texts repeat the values.
-        _walk(value, descriptor, "", _try)
-        raise PlatformError(Reason.INVALID_ARGUMENT) from None
+        with suppress(Exception):
+            return json_format.ParseDict(value, GetMessageClass(descriptor)())
+    problems = itertools.islice(_problems(value, descriptor, "", _is), MOST_VIOLATIONS)
+    raise together([*problems] or [PlatformError(Reason.INVALID_ARGUMENT)])
 
 
 def field_named(descriptor: Descriptor, name: str) -> FieldDescriptor | None:
@@ -129,46 +130,49 @@ def wrong(field: FieldDescriptor | str, path: str) -> PlatformError:
     )
 
 
-def _walk(value: Any, descriptor: Descriptor, path: str, leaf: Leaf) -> None:
-    """Hand every value that is not an object with fields to `leaf`, after its name and the form around it are found
-    to be right. Raises PlatformError."""
+def _problems(value: Any, descriptor: Descriptor, path: str, leaf: Leaf) -> Iterator[PlatformError]:
+    """What is wrong with names and the form around values, and with each value that `leaf` refuses."""
     if not isinstance(value, dict):
-        raise wrong("an object", path)
+        yield wrong("an object", path)
+        return
     seen: set[str] = set()
     for name, item in value.items():
         here = f"{path}.{name}" if path else name
         field = field_named(descriptor, name)
         if field is None:
-            raise PlatformError(Reason.UNKNOWN_FIELD, field=here)
+            yield PlatformError(Reason.UNKNOWN_FIELD, field=here)
+            continue
         choice = field.containing_oneof
         group = choice.name if choice is not None and len(choice.fields) > 1 and item is not None else field.name
         if field.name in seen or group in seen:
-            raise PlatformError(Reason.INVALID_ARGUMENT, field=here, description=f"'{here}' contradicts another field.")
+            yield PlatformError(Reason.INVALID_ARGUMENT, field=here, description=f"'{here}' contradicts another field.")
         seen |= {field.name, group}
         if item is None:
             continue
         if field.is_repeated and not is_map(field):
             if not isinstance(item, list):
-                raise wrong(f"a list, each element {expected(field)}", here)
+                yield wrong(f"a list, each element {expected(field)}", here)
+                continue
             for index, element in enumerate(item):
-                if element is None:
-                    raise wrong(field, f"{here}[{index}]")
-                _walk_value(element, descriptor, field, f"{here}[{index}]", leaf)
+                yield from _problems_of_one(element, descriptor, field, f"{here}[{index}]", leaf)
         else:
-            _walk_value(item, descriptor, field, here, leaf)
+            yield from _problems_of_one(item, descriptor, field, here, leaf)
 
 
-def _walk_value(value: Any, descriptor: Descriptor, field: FieldDescriptor, path: str, leaf: Leaf) -> None:
-    if is_nested(field) and field.message_type is not None:
-        _walk(value, field.message_type, path, leaf)
-    else:
-        leaf(descriptor, field, value, path)
+def _problems_of_one(
+    value: Any, descriptor: Descriptor, field: FieldDescriptor, path: str, leaf: Leaf
+) -> Iterator[PlatformError]:
+    if value is None:
+        yield wrong(field, path)
+    elif is_nested(field) and field.message_type is not None:
+        yield from _problems(value, field.message_type, path, leaf)
+    elif not leaf(descriptor, field, value):
+        yield wrong(field, path)
 
 
-def _accept(descriptor: Descriptor, field: FieldDescriptor, value: Any, path: str) -> None:
+def _may_be(descriptor: Descriptor, field: FieldDescriptor, value: Any) -> bool:
     """Any value, as json_format judges it better; but that lets numbers pass that an enum does not have."""
-    if field.enum_type is not None and not _may_be_of(field.enum_type, value):
-        raise wrong(field, path)
+    return field.enum_type is None or _may_be_of(field.enum_type, value)
 
 
 def _may_be_of(enum: EnumDescriptor, value: Any) -> bool:
@@ -177,9 +181,12 @@ def _may_be_of(enum: EnumDescriptor, value: Any) -> bool:
     return not isinstance(value, int) or (value in enum.values_by_number and not isinstance(value, bool))
 
 
-def _try(descriptor: Descriptor, field: FieldDescriptor, value: Any, path: str) -> None:
+def _is(descriptor: Descriptor, field: FieldDescriptor, value: Any) -> bool:
+    if not _may_be(descriptor, field, value):
+        return False
     alone = [value] if field.is_repeated and not is_map(field) else value
     try:
         json_format.ParseDict({field.name: alone}, GetMessageClass(descriptor)())
     except Exception:
-        raise wrong(field, path) from None
+        return False
+    return True

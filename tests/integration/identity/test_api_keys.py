@@ -308,6 +308,19 @@ async def test_bad_field_is_named(identity: Identity, wanted: dict[str, Any], fi
     assert (error.reason, error.field) == (Reason.INVALID_ARGUMENT, field)
 
 
+async def test_every_bad_field_is_named_at_once(identity: Identity) -> None:
+    wanted = pb.ApiKey(display_name="", scopes=["no_such.permission"], allowed_networks=["nowhere"])
+    wanted.rate_limits.burst_requests = -1
+    request = pb.CreateApiKeyRequest(organization_id=await identity.organization(), api_key=wanted)
+    error = await identity.refused(identity.api_keys.CreateApiKey, request)
+    assert [violation.field for violation in error.violations] == [
+        "api_key.display_name",
+        "api_key.rate_limits.burst_requests",
+        "api_key.scopes",
+        "api_key.allowed_networks",
+    ]
+
+
 async def test_key_has_the_narrower_of_two_lists_of_models(identity: Identity) -> None:
     organization_id = await identity.organization(allowed_models=["a", "b"])
     for models, allowed in ((["b", "c"], ["b"]), ([], ["a", "b"]), (["c"], [""])):

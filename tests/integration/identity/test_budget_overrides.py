@@ -15,6 +15,7 @@ from identity.budget_overrides import BudgetOverrides
 from identity.stores import Store
 from mesh.clock import SystemClock
 from mesh.errors import PlatformError, Reason
+from tests.integration.identity.auditing import entries, verify
 from tests.integration.identity.budgeting import HARD, SOFT, Ledger, create, get, to_update, update
 from tests.integration.identity.harness import Identity, Member
 
@@ -126,6 +127,43 @@ async def test_whoever_asked_cannot_decide_with_any_of_their_keys(house: House, 
         assert error.reason is Reason.PERMISSION_DENIED
     assert (await house.now(asked)).state == PENDING
     assert await ledger.limit(house.budget) == 1000
+
+
+async def test_keys_that_act_for_nobody_are_no_second_person(house: House, ledger: Ledger) -> None:
+    identity, organization_id = house.identity, house.budget.organization_id
+    one = (await identity.key(organization_id, "budget_overrides.*", "api_keys.*", secret=house.admin.secret)).secret
+    two = (await identity.key(organization_id, "budget_overrides.*", secret=one)).secret
+    asked = await house.ask()
+    request = pb.CreateBudgetOverrideRequest(**house.ids(), budget_override=wanted())
+    of_key = (await identity.call(identity.budgets.CreateBudgetOverride, request, two)).budget_override
+    for override, secret in ((asked, one), (asked, two), (of_key, one), (of_key, two), (of_key, house.admin.secret)):
+        assert (await house.refused_approval(override, secret)).reason is Reason.PERMISSION_DENIED
+        reject = pb.RejectBudgetOverrideRequest(**house.ids(override))
+        error = await identity.refused(identity.budgets.RejectBudgetOverride, reject, secret)
+        assert error.reason is Reason.PERMISSION_DENIED
+    assert await ledger.limit(house.budget) == 1000
+    assert (await house.approve(of_key)).state == ACTIVE, "somebody else than the key's maker is a second person"
+
+
+async def test_audit_log_tells_why_and_that_an_override_expired(house: House) -> None:
+    organization_id = house.budget.organization_id
+    rejected = await house.reject(await house.ask())
+    revoke = pb.RevokeBudgetOverrideRequest(**house.ids(await house.ask()), reason="A slip.")
+    await house.identity.call(house.identity.budgets.RevokeBudgetOverride, revoke, house.owner.secret)
+    soon = await house.approve(await house.ask(expire_time=at(datetime.now(UTC) + timedelta(seconds=1.5))))
+    async with asyncio.timeout(10):
+        while (await house.now(soon)).state != EXPIRED:
+            await asyncio.sleep(0.05)
+    log = [entry for entry in await entries(house.identity, organization_id) if "Override" in entry.method]
+    reasons = {entry.resource_id: entry.reason for entry in log if entry.reason}
+    assert reasons == {
+        rejected.budget_override_id: "Not now.",
+        revoke.budget_override_id: "A slip.",
+        soon.budget_override_id: "expired",
+    }
+    assert (await verify(house.identity, organization_id)).intact
+    (expired,) = [entry for entry in log if entry.reason == "expired"]
+    assert (expired.principal_id, expired.resource_type) == ("", "budget_override")
 
 
 async def test_postgres_itself_refuses_an_approver_who_asked(house: House, ledger: Ledger) -> None:

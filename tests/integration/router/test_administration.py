@@ -41,6 +41,32 @@ async def test_wrong_model_is_refused_by_field(router: Router, values: dict[str,
     assert field in error.message
 
 
+async def test_everything_wrong_with_a_resource_is_told_at_once(router: Router) -> None:
+    model = models.Model(model_id="a b", aliases=["ok", "not ok"], context_tokens=-1)
+    error = await refusal(router, router.models.CreateModel, models.CreateModelRequest(model=model))
+    assert [violation.field for violation in error.violations] == [
+        "model.model_id",
+        "model.aliases[1]",
+        "model.context_tokens",
+        "model.endpoints",
+    ]
+    backend = backends.Backend(backend_id="Upper", base_url="ftp://host", weight=5000)
+    error = await refusal(router, router.backends.CreateBackend, backends.CreateBackendRequest(backend=backend))
+    assert [violation.field for violation in error.violations] == [
+        "backend.backend_id",
+        "backend.base_url",
+        "backend.engine",
+        "backend.weight",
+    ]
+
+
+@pytest.mark.parametrize("count", [65, 100_000])
+async def test_list_that_is_too_long_is_not_read_to_its_end(router: Router, count: int) -> None:
+    model = models.Model(model_id="m", aliases=[f"a{n}" for n in range(count)], endpoints=ALL_ENDPOINTS)
+    error = await refusal(router, router.models.CreateModel, models.CreateModelRequest(model=model))
+    assert [violation.field for violation in error.violations] == ["model.aliases"]
+
+
 @pytest.mark.parametrize(
     ("values", "field"),
     [

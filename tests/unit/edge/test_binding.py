@@ -145,10 +145,36 @@ def test_idempotency_key_is_the_request_id_of_what_is_made() -> None:
     assert error.field == "request_id"
 
 
-@pytest.mark.parametrize("rpc", ["ListUsageRecords", "RevokeApiKey"])
-def test_idempotency_key_never_becomes_another_field(rpc: str) -> None:
-    path_values = KEY if rpc == "RevokeApiKey" else ORGANIZATION
-    assert "request_id" not in bound(rpc, path_values=path_values, idempotency_key="again")
+def test_idempotency_key_that_could_not_be_kept_is_refused() -> None:
+    error = refused("RotateApiKey", path_values=KEY, body=b"{}", idempotency_key="again")
+    assert (error.reason, error.field) == (Reason.INVALID_ARGUMENT, "Idempotency-Key")
+
+
+@pytest.mark.parametrize("rpc", ["ListUsageRecords", "UpdateApiKey", "DeleteBackend"])
+def test_idempotency_key_changes_nothing_where_a_repeat_does_not(rpc: str) -> None:
+    path_values = {"UpdateApiKey": KEY, "DeleteBackend": BACKEND}.get(rpc, ORGANIZATION)
+    assert bound(rpc, path_values=path_values, idempotency_key="again") == bound(rpc, path_values=path_values)
+
+
+def test_everything_that_is_wrong_is_named_at_once() -> None:
+    error = refused(
+        "CreateApiKey",
+        path_values=ORGANIZATION,
+        query=b"color=red&request_id=r1",
+        body=b'{"display_name": 7, "scopes": ["a", 1, null], "no_such": {}, "rate_limits": {"burst_requests": "many"},'
+        b' "state": "API_KEY_STATE_LOST", "expire_time": "2026-01-31T12:00:00Z"}',
+    )
+    assert [violation.field for violation in error.violations] == [
+        "color",
+        "api_key.display_name",
+        "api_key.scopes[1]",
+        "api_key.scopes[2]",
+        "api_key.no_such",
+        "api_key.rate_limits.burst_requests",
+        "api_key.state",
+    ]
+    assert (error.reason, error.field) == (Reason.UNKNOWN_FIELD, "color")
+    assert "'api_key.state'" in error.message
 
 
 def test_if_match_is_the_etag_of_the_resource_or_of_the_request() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from edge.exchange import CONNECTION, Exchange, Limits
+from mesh import tokens
 from mesh.errors import PlatformError, Reason
 from tests.doubles.connection import ConnectionDouble
 
@@ -45,6 +46,14 @@ def test_first_of_several_headers_counts() -> None:
     assert made.request_id == "one"
     assert made.header(b"x") == "y"
     assert made.header(b"absent") is None
+
+
+@pytest.mark.parametrize("credential", [tokens.API_KEY, tokens.SESSION, tokens.ACCESS_TOKEN])
+def test_a_credential_is_taken_for_no_id_of_a_request(credential: tokens.TokenKind) -> None:
+    text = credential.generate().text
+    for offered in (text, f"req-{text}", "sk-0123456789abcdef", "eyJhbGciOiJub25lIn0.e30.x"):
+        assert exchange([(b"x-request-id", offered.encode())]).request_id.startswith("req_")
+    assert exchange([(b"x-request-id", b"task-12.eyJ_ai")]).request_id == "task-12.eyJ_ai"
 
 
 @pytest.mark.parametrize(

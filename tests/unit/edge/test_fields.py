@@ -79,6 +79,13 @@ def test_wrong_type_is_named_and_says_what_is_expected(value: dict[str, Any], fi
     assert words in error.message
 
 
+def test_request_of_nothing_but_wrong_fields_is_not_read_to_its_end() -> None:
+    error = error_of(CREATE_KEY, {f"f{n}": n for n in range(200_000)})
+    assert error.field == "f0"
+    assert 20 < len(error.violations) <= 50
+    assert error_of(CREATE_KEY, {"api_key": {"scopes": [1] * 200_000}}).field == "api_key.scopes[0]"
+
+
 def test_field_in_both_spellings_is_refused() -> None:
     assert error_of(CREATE_KEY, {"organization_id": "a", "organizationId": "a"}).field == "organizationId"
 

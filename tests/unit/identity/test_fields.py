@@ -79,3 +79,29 @@ def test_expiry_lies_in_the_future() -> None:
     fields.check_expire_time(None, NOW, "f")
     fields.check_expire_time(NOW + timedelta(seconds=1), NOW, "f")
     assert field_refused(lambda: fields.check_expire_time(NOW, NOW, "f")) == "f"
+
+
+def test_all_checks_are_made_and_every_field_that_fails_is_named() -> None:
+    limits = RateLimits(requests_per_second=-1, burst_requests=0, tokens_per_minute=5)
+    with pytest.raises(PlatformError) as raised:
+        fields.check_all(
+            lambda: fields.check_display_name("", "key.display_name"),
+            lambda: fields.check_email("ada@acme.example", "key.email"),
+            lambda: fields.check_rate_limits(limits, "key.limits"),
+            lambda: fields.require(False, "key.last", "is wrong"),
+        )
+    assert [violation.field for violation in raised.value.violations] == [
+        "key.display_name",
+        "key.limits.limit_requests_per_second",
+        "key.limits.burst_requests",
+        "key.last",
+    ]
+
+
+def test_what_is_no_fault_of_a_field_is_raised_at_once() -> None:
+    def away() -> None:
+        raise PlatformError(Reason.UNAVAILABLE)
+
+    with pytest.raises(PlatformError) as raised:
+        fields.check_all(lambda: fields.check_display_name("", "f"), away)
+    assert raised.value.reason is Reason.UNAVAILABLE

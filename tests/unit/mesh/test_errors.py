@@ -8,6 +8,7 @@ import pytest
 from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 
+from mesh import tokens
 from mesh.errors import (
     CATALOG,
     PlatformError,
@@ -18,6 +19,7 @@ from mesh.errors import (
     to_aip193,
     to_openai,
     to_status,
+    together,
 )
 
 
@@ -150,12 +152,23 @@ def test_no_outage_is_told_as_a_wrong_credential() -> None:
             assert entry.grpc is not grpc.StatusCode.UNAUTHENTICATED
 
 
+@pytest.mark.parametrize("kind", tokens.CREDENTIALS)
+def test_a_credential_in_the_place_of_a_name_is_not_repeated(kind: tokens.TokenKind) -> None:
+    text = kind.generate().text
+    error = PlatformError(Reason.MODEL_NOT_FOUND, field=text, model=f"my-{text}")
+    told = PlatformError(Reason.INVALID_ARGUMENT, description=f"'{text}' is no model.")
+    for shown in (error, told, from_status(to_status(error))):
+        assert text.rpartition("_")[2] not in f"{shown} {shown.field} {shown.details} {to_openai(shown)}"
+    assert error.message.startswith("The model 'my-[redacted]' does not exist")
+
+
 @pytest.mark.parametrize("code", grpc.StatusCode)
 def test_a_transport_failure_never_becomes_a_refusal(code: grpc.StatusCode) -> None:
     expected = {
         grpc.StatusCode.UNAVAILABLE: Reason.UNAVAILABLE,
         grpc.StatusCode.DEADLINE_EXCEEDED: Reason.DEADLINE_EXCEEDED,
         grpc.StatusCode.CANCELLED: Reason.CANCELLED,
+        grpc.StatusCode.UNIMPLEMENTED: Reason.UNIMPLEMENTED,
     }
     error = from_rpc_error(rpc_error(code))
     assert error.reason is expected.get(code, Reason.INTERNAL)
@@ -201,6 +214,28 @@ def test_an_unknown_exception_is_told_with_a_fixed_sentence(error: Exception) ->
 def test_an_error_fits_into_grpc_trailers_whatever_the_client_sent() -> None:
     error = PlatformError(Reason.MODEL_NOT_FOUND, field="é" * 9000, model="\ud800" * 100_000, description="é" * 50_000)
     assert to_status(error).ByteSize() < 6000
+
+
+def test_several_wrong_fields_cross_grpc_and_fit_into_its_trailers() -> None:
+    errors = [PlatformError(Reason.INVALID_ARGUMENT, field=f"a.b{n}", description=f"{n} is wrong.") for n in range(3)]
+    raised = together(errors)
+    received = from_status(to_status(raised))
+    assert (raised.field, received.field) == ("a.b0", "a.b0")
+    assert received.violations == raised.violations == tuple((f"a.b{n}", f"{n} is wrong.") for n in range(3))
+    assert received.message == "0 is wrong. Also wrong: 'a.b1', 'a.b2'."
+    assert [bad["field"] for bad in to_aip193(received)["error"]["details"][1]["fieldViolations"]] == [
+        "a.b0",
+        "a.b1",
+        "a.b2",
+    ]
+    assert to_openai(received)["error"]["param"] == "a.b0"
+    many = [PlatformError(Reason.INVALID_ARGUMENT, field="é" * 300, description="é" * 2000) for _ in range(1000)]
+    assert to_status(together(many)).ByteSize() < 6000
+
+
+def test_one_wrong_field_is_told_as_it_was() -> None:
+    alone = PlatformError(Reason.UNKNOWN_FIELD, field="x")
+    assert together([alone]) is alone
 
 
 def test_a_client_cannot_format_the_sentence() -> None:
