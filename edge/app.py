@@ -2,6 +2,7 @@
 log line, errors in the shape of their area; it never serves a request itself."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -26,6 +27,11 @@ from edge.peers import Peers
 from edge.routers import Routers
 from edge.scim import errors as scim_errors
 from edge.scim.endpoints import KINDS, AboutEndpoint, ListEndpoint, ResourceEndpoint
+from edge.sign_in import pages
+from edge.sign_in.accounts import Accounts
+from edge.sign_in.pages import StyleEndpoint
+from edge.sign_in.second_factor import SecondFactor
+from edge.sign_in.signing_in import SigningIn
 from edge.transcode.endpoint import Transcoder
 from mesh import context
 from mesh.errors import PlatformError, Reason, as_platform_error, response_headers, to_aip193
@@ -72,6 +78,10 @@ def build_app(
             *(Route(f"/scim/v2/{path}/{{id}}", ResourceEndpoint(path, peers["identity"])) for path in KINDS),
             *(Route(path, endpoint) for path, endpoint in oauth.endpoints(peers["identity"]).items()),
             *(Route(path, FileEndpoint(path)) for path in FILES),
+            *(Route(path, page) for path, page in SigningIn(peers["identity"]).pages()),
+            *(Route(path, page) for path, page in Accounts(peers["identity"]).pages()),
+            *(Route(path, page) for path, page in SecondFactor(peers["identity"]).pages()),
+            Route(pages.STYLE_PATH, StyleEndpoint()),
             Route("/health", HealthEndpoint()),
             Route("/ready", ReadyEndpoint(peers)),
             Route("/metrics", MetricsEndpoint()),
@@ -161,6 +171,10 @@ async def _answer(exchange: Exchange, error: BaseException) -> None:
         logger.error("a request failed for an unknown reason", extra={"route": exchange.route}, exc_info=error)
     exchange.reason = known.reason
     if exchange.status:
+        return
+    if pages.is_for(exchange.scope):
+        with contextlib.suppress(ClientGoneError):
+            await exchange.respond(*pages.error_page(known))
         return
     is_scim = exchange.scope["path"].startswith("/scim/")
     headers = [scim_errors.CONTENT_TYPE if is_scim else (b"content-type", b"application/json")]

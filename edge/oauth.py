@@ -1,41 +1,43 @@
 """/oauth2 and /.well-known: forms into the RPCs of OauthService, their answers as OAuth2 writes them; it never decides.
 
-Whether somebody has to sign in or to be asked is told as JSON, for the page that does it.
+What is for programs is JSON; /oauth2/authorize is for people in browsers, and answers with pages and redirects.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from http.cookies import CookieError, SimpleCookie
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import urlencode, urlsplit
 
 import msgspec
-from google.protobuf.json_format import MessageToDict
 from starlette.types import Receive, Scope, Send
 
 from aiaas.identity.v1 import oauth_service_pb2 as pb
 from aiaas.identity.v1 import oauth_service_pb2_grpc
+from edge.browser import check_same_origin, session_token
 from edge.exchange import Exchange, Headers, exchange_of
+from edge.forms import read_form, read_query
 from edge.peers import Peer
+from edge.sign_in import pages
+from edge.sign_in.signing_in import sign_in_address
 from mesh.auth import credential_of
 from mesh.errors import PlatformError, Reason
-
-SESSION_COOKIE = "__Host-aiaas_session"
-"""The cookie that holds a browser's session token."""
 
 NO_STORE: Headers = ((b"cache-control", b"no-store"), (b"pragma", b"no-cache"))
 """What every answer has that may hold a secret (RFC 6749, 5.1)."""
 
 _JSON = (b"content-type", b"application/json")
-# A code in an address must not go on to the client's own links (RFC 9700, 4.2.4).
-_NO_REFERRER = (b"referrer-policy", b"no-referrer")
 _PUBLISHED: Headers = (_JSON, (b"cache-control", b"public, max-age=300"), (b"access-control-allow-origin", b"*"))
 _TIMEOUT_S = 10.0
-_FIELDS = 100
-_FORM = "application/x-www-form-urlencoded"
+_AUTHORIZE = "/oauth2/authorize"
 # What the consent page adds to the request that it asks about.
 _CONSENT_FIELDS = ("consent_token", "consent")
+# In words that people know; all other scopes are permissions, which go by their names.
+_SCOPES = {
+    "openid": "know who you are here",
+    "profile": "see your name",
+    "email": "see your e-mail address",
+}
 _FAILURES = {400: "invalid_request", 401: "invalid_token", 503: "temporarily_unavailable"}
 
 
@@ -61,41 +63,48 @@ class _Provider:
         self._stub = oauth_service_pb2_grpc.OauthServiceStub(identity.channel)
 
     async def authorize(self, exchange: Exchange) -> None:
-        pairs = await _form(exchange) if exchange.method == "POST" else _pairs(exchange.scope["query_string"])
+        is_form = exchange.method == "POST"
+        pairs = await read_form(exchange) if is_form else read_query(exchange)
         # Only a form has the user's choice: a link that somebody else wrote must not make it.
-        choice = dict(pairs) if exchange.method == "POST" else {}
+        choice = dict(pairs) if is_form else {}
+        if "consent" in choice:
+            check_same_origin(exchange)
+        parameters = [(name, value) for name, value in pairs if name not in _CONSENT_FIELDS]
         request = pb.AuthorizeRequest(
-            parameters=_parameters((name, value) for name, value in pairs if name not in _CONSENT_FIELDS),
+            parameters=_parameters(parameters),
             session_token=_session_token(exchange),
             consent_token=choice.get("consent_token", ""),
             consent_given=choice.get("consent") == "allow",
         )
         answer = await self._identity.call(self._stub.Authorize, request, _TIMEOUT_S)
-        outcome = answer.WhichOneof("outcome")
-        if outcome == "redirect_uri":
-            location = (b"location", answer.redirect_uri.encode("ascii"))
-            # After a form, the browser must not send it on to the client (RFC 9700, 4.12).
-            await exchange.respond(303, [*NO_STORE, _NO_REFERRER, location], b"")
-        elif outcome == "error":
-            await _refuse(exchange, answer.error)
-        else:
-            needed = MessageToDict(
-                getattr(answer, outcome or ""),
-                preserving_proto_field_name=True,
-                always_print_fields_with_no_presence=True,
-            )
-            await exchange.respond(200, [_JSON, *NO_STORE, _NO_REFERRER], msgspec.json.encode({outcome: needed}))
+        match answer.WhichOneof("outcome"):
+            case "redirect_uri" if is_form:
+                await pages.go_on(exchange, answer.redirect_uri)
+            case "redirect_uri":
+                await pages.redirect(exchange, answer.redirect_uri)
+            case "sign_in_needed":
+                needed = answer.sign_in_needed
+                again = f"{_AUTHORIZE}?{urlencode(parameters)}"
+                if pages.local_path(again) != again:
+                    raise PlatformError(Reason.INVALID_ARGUMENT, description="The application asks at too much length.")
+                notice = "sign-in-again" if needed.reauthenticate else "sign-in-needed"
+                address = sign_in_address(again, needed.login_hint, needed.organization_id, notice)
+                await pages.redirect(exchange, address)
+            case "consent_needed":
+                await _ask(exchange, answer.consent_needed, parameters)
+            case _:
+                await _tell(exchange, answer.error)
 
     async def token(self, exchange: Exchange) -> None:
         request = pb.TokenRequest(
-            parameters=_parameters(await _form(exchange)), authorization=exchange.header(b"authorization") or ""
+            parameters=_parameters(await read_form(exchange)), authorization=exchange.header(b"authorization") or ""
         )
         answer = await self._identity.call(self._stub.Token, request, _TIMEOUT_S)
         await _respond(exchange, answer, "tokens")
 
     async def introspect(self, exchange: Exchange) -> None:
         request = pb.IntrospectRequest(
-            parameters=_parameters(await _form(exchange)), authorization=exchange.header(b"authorization") or ""
+            parameters=_parameters(await read_form(exchange)), authorization=exchange.header(b"authorization") or ""
         )
         answer = await self._identity.call(self._stub.Introspect, request, _TIMEOUT_S)
         if answer.HasField("error") or answer.state.active:
@@ -105,7 +114,7 @@ class _Provider:
 
     async def revoke(self, exchange: Exchange) -> None:
         request = pb.RevokeRequest(
-            parameters=_parameters(await _form(exchange)), authorization=exchange.header(b"authorization") or ""
+            parameters=_parameters(await read_form(exchange)), authorization=exchange.header(b"authorization") or ""
         )
         answer = await self._identity.call(self._stub.Revoke, request, _TIMEOUT_S)
         if answer.HasField("error"):
@@ -141,7 +150,7 @@ def endpoints(identity: Peer) -> Mapping[str, Endpoint]:
     """What is served, by path."""
     provider = _Provider(identity)
     served: tuple[tuple[str, tuple[str, ...], Callable[[Exchange], Awaitable[None]]], ...] = (
-        ("/oauth2/authorize", ("GET", "POST"), provider.authorize),
+        (_AUTHORIZE, ("GET", "POST"), provider.authorize),
         ("/oauth2/token", ("POST",), provider.token),
         ("/oauth2/introspect", ("POST",), provider.introspect),
         ("/oauth2/revoke", ("POST",), provider.revoke),
@@ -156,7 +165,7 @@ def endpoints(identity: Peer) -> Mapping[str, Endpoint]:
 def is_for(scope: Scope) -> bool:
     """Whether a request's errors are to have OAuth2's shape."""
     path: str = scope["path"]
-    return path.startswith("/oauth2/")
+    return path.startswith("/oauth2/") and path != _AUTHORIZE
 
 
 def error_body(error: PlatformError) -> bytes:
@@ -181,26 +190,35 @@ async def _refuse(exchange: Exchange, error: pb.OauthError) -> None:
     await exchange.respond(error.http_status, headers, msgspec.json.encode(body))
 
 
+async def _ask(exchange: Exchange, needed: pb.OauthConsentNeeded, parameters: list[tuple[str, str]]) -> None:
+    """Ask the user, and have the form bring back what it is about."""
+    back = urlsplit(dict(parameters).get("redirect_uri", ""))
+    await pages.show(
+        exchange,
+        "consent",
+        client=needed.client_display_name,
+        organization=needed.organization_display_name,
+        scopes=[_SCOPES.get(scope, scope) for scope in needed.scopes],
+        host=back.netloc or back.scheme,
+        parameters=parameters,
+        consent_token=needed.consent_token,
+    )
+
+
+async def _tell(exchange: Exchange, error: pb.OauthError) -> None:
+    """Show the user why there is no way to the client."""
+    await pages.show(
+        exchange,
+        "error",
+        error.http_status,
+        title="This application cannot be let in",
+        message=f"{error.error_description} ({error.error})",
+    )
+
+
 def _told(message: Any) -> dict[str, Any]:
     """The fields of a message that are set, by their names in the contract, which are OAuth2's; numbers as numbers."""
     return {field.name: value for field, value in message.ListFields()}
-
-
-async def _form(exchange: Exchange) -> list[tuple[str, str]]:
-    declared = (exchange.header(b"content-type") or "").partition(";")[0].strip().lower()
-    if declared != _FORM:
-        raise PlatformError(Reason.UNSUPPORTED_MEDIA_TYPE)
-    return _pairs(await exchange.read_body())
-
-
-def _pairs(encoded: bytes) -> list[tuple[str, str]]:
-    """Names and values in their order, with repetitions. Raises PlatformError(INVALID_ARGUMENT) if they are none."""
-    try:
-        return parse_qsl(encoded.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=_FIELDS)
-    except ValueError:
-        raise PlatformError(
-            Reason.INVALID_ARGUMENT, description="The parameters are not form-encoded UTF-8, or too many."
-        ) from None
 
 
 def _parameters(pairs: Iterable[tuple[str, str]]) -> list[pb.OauthParameter]:
@@ -212,8 +230,4 @@ def _session_token(exchange: Exchange) -> str:
     authorization = exchange.header(b"authorization")
     if authorization is not None:
         return credential_of(authorization)
-    try:
-        cookie = SimpleCookie(exchange.header(b"cookie") or "").get(SESSION_COOKIE)
-    except CookieError:
-        return ""
-    return cookie.value if cookie else ""
+    return session_token(exchange)

@@ -26,6 +26,7 @@ from identity.granted_roles import give
 from identity.issuer_client import IssuerError
 from identity.issuers import BegunSignIn, ClaimNames, IssuerUser
 from identity.organizations import existing
+from identity.throttles import ISSUER, Throttles
 from identity.users import User, UserState
 from mesh.clock import Clock
 from mesh.errors import PlatformError, Reason
@@ -74,6 +75,7 @@ class Federation(Generic[S]):
         client: IssuerClient,
         seal: Seal,
         sessions: OpensSessions[S],
+        throttles: Throttles,
         redirect_uri: str,
     ) -> None:
         self._store = store
@@ -81,6 +83,7 @@ class Federation(Generic[S]):
         self._client = client
         self._seal = seal
         self._sessions = sessions
+        self._throttles = throttles
         self._redirect_uri = redirect_uri
 
     async def offers(self, email: str) -> list[Issuer]:
@@ -92,9 +95,10 @@ class Federation(Generic[S]):
     async def begin(self, issuer_id: str, return_path: str) -> tuple[str, str]:
         """The issuer's address to send the browser to, and the token that only this browser gets.
 
-        Raises PlatformError: INVALID_ARGUMENT, NOT_FOUND, UNAVAILABLE, FAILED_PRECONDITION for an issuer that answers
-        wrongly.
+        Raises PlatformError: INVALID_ARGUMENT, NOT_FOUND, RATE_LIMIT_EXCEEDED, UNAVAILABLE, FAILED_PRECONDITION for an
+        issuer that answers wrongly.
         """
+        await self._throttles.count(ISSUER, "")
         if len(return_path) > _PATH_LENGTH or not _PATH.fullmatch(return_path or "/"):
             raise fields.invalid("return_path", "must be a path")
         async with self._store.transaction() as stored:

@@ -222,25 +222,34 @@ class Issuers:
         return self._seal.close(client_secret.encode(), issuer_id) if client_secret else None
 
     def _check(self, issuer: Issuer, client_secret: str) -> None:
-        fields.check_display_name(issuer.display_name, "issuer.display_name")
+        fields.check_all(
+            lambda: fields.check_display_name(issuer.display_name, "issuer.display_name"),
+            lambda: self._check_url(issuer),
+            lambda: fields.require(
+                _CLIENT_ID.fullmatch(issuer.client_id) is not None,
+                "issuer.client_id",
+                "must have 1 to 255 printable ASCII characters",
+            ),
+            lambda: fields.require(
+                len(client_secret) <= _SECRET_LENGTH and client_secret.isascii() and client_secret.isprintable(),
+                "issuer.client_secret",
+                f"must have at most {_SECRET_LENGTH} printable ASCII characters",
+            ),
+            lambda: _check_texts(issuer.scopes, _SCOPE, "issuer.scopes", "must hold scopes of OAuth 2.0, at most 50"),
+            lambda: _check_texts(
+                issuer.email_domains, _DOMAIN, "issuer.email_domains", "must hold domains in lower case, at most 50"
+            ),
+        )
+        for name in ClaimNames.__slots__:
+            if not _CLAIM.fullmatch(getattr(issuer.claim_names, name)):
+                raise fields.invalid(f"issuer.claim_names.{name}", "must have at most 128 printable ASCII characters")
+
+    def _check_url(self, issuer: Issuer) -> None:
         if wrong := wrong_with(issuer.issuer_url, allow_private=self._allow_private):
             raise fields.invalid("issuer.issuer_url", wrong)
         if urlsplit(issuer.issuer_url).query:
             # OpenID Connect Discovery 1.0, 3.
             raise fields.invalid("issuer.issuer_url", "must hold no query")
-        if not _CLIENT_ID.fullmatch(issuer.client_id):
-            raise fields.invalid("issuer.client_id", "must have 1 to 255 printable ASCII characters")
-        if len(client_secret) > _SECRET_LENGTH or not (client_secret.isascii() and client_secret.isprintable()):
-            raise fields.invalid(
-                "issuer.client_secret", f"must have at most {_SECRET_LENGTH} printable ASCII characters"
-            )
-        _check_texts(issuer.scopes, _SCOPE, "issuer.scopes", "must hold scopes of OAuth 2.0, at most 50")
-        _check_texts(
-            issuer.email_domains, _DOMAIN, "issuer.email_domains", "must hold domains in lower case, at most 50"
-        )
-        for name in ClaimNames.__slots__:
-            if not _CLAIM.fullmatch(getattr(issuer.claim_names, name)):
-                raise fields.invalid(f"issuer.claim_names.{name}", "must have at most 128 printable ASCII characters")
 
 
 def _check_texts(values: Sequence[str], form: re.Pattern[str], field_name: str, rule: str) -> None:

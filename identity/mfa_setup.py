@@ -73,6 +73,9 @@ class SignIns(Protocol):
     async def check_password(self, stored: Transaction, user_id: str, password: str) -> None:
         """Raises PlatformError if it is not the user's; for a user who has none, if it is not empty."""
 
+    async def check_enrolling(self, stored: Transaction, user_id: str, password: str) -> None:
+        """The same, and if the session that calls may not set up MFA."""
+
     async def end_sessions(self, stored: Transaction, user_id: str) -> None:
         """End all sessions of a user, in every organization."""
 
@@ -104,7 +107,7 @@ class MfaSetup:
         secret, expire_time = new_secret(), self._clock.now() + _ENROLLMENT
         await self._mfa.count_attempt(user_id)
         async with self._store.transaction(across=True) as stored:
-            await self._sign_ins.check_password(stored, user_id, password)
+            await self._sign_ins.check_enrolling(stored, user_id, password)
             if await self._mfa.methods(stored, user_id):
                 await self._verify(stored, user_id, answer)
             user = await stored.users.get(caller.organization_id, user_id)

@@ -87,11 +87,12 @@ class Redirect:
 
 @dataclass(frozen=True, slots=True)
 class SignInNeeded:
-    """The user must sign in first; `reauthenticate` even if signed in."""
+    """The user must sign in first, to the client's organization; `reauthenticate` even if signed in."""
 
     client_display_name: str
     login_hint: str
     reauthenticate: bool
+    organization_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +161,8 @@ class OauthAuthorizations:
             if principal is None or self._is_too_old(asked, session_token):
                 if "none" in asked.prompts:
                     raise LoginRequiredError()
-                return SignInNeeded(client.display_name, parameters.get("login_hint")[:254], principal is not None)
+                hint = parameters.get("login_hint")[:254]
+                return SignInNeeded(client.display_name, hint, principal is not None, client.organization_id)
             consent = self._opened(consent_token, parameters, session_token)
             if consent and not consent_given:
                 raise AccessDeniedError("The user refused.")

@@ -158,6 +158,7 @@ class OauthService(oauth_service_pb2_grpc.OauthServiceServicer):
                     client_display_name=outcome.client_display_name,
                     login_hint=outcome.login_hint,
                     reauthenticate=outcome.reauthenticate,
+                    organization_id=outcome.organization_id,
                 )
             )
         return pb.AuthorizeResponse(

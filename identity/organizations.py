@@ -180,6 +180,8 @@ def _refuse_platforms_own(organization_id: str, what: str) -> None:
 
 
 def _check(organization: Organization) -> None:
-    fields.check_display_name(organization.display_name, "organization.display_name")
-    fields.check_rate_limits(organization.rate_limits, "organization.rate_limits")
-    fields.check_models(organization.allowed_models, "organization.allowed_models")
+    fields.check_all(
+        lambda: fields.check_display_name(organization.display_name, "organization.display_name"),
+        lambda: fields.check_rate_limits(organization.rate_limits, "organization.rate_limits"),
+        lambda: fields.check_models(organization.allowed_models, "organization.allowed_models"),
+    )

@@ -11,9 +11,12 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from aiaas.identity.v1 import policy_service_pb2 as pb
+from aiaas.type.v1.principal_pb2 import Principal as PrincipalMessage
 from identity import attempts
 from identity.metrics import count_unrecorded_decisions
 from identity.policies import Decision, Policy
@@ -23,6 +26,7 @@ from mesh import context
 from mesh.clock import Clock
 from mesh.errors import PlatformError, Reason
 from mesh.ids import new_id
+from mesh.telemetry import redact
 
 if TYPE_CHECKING:
     from identity.stores import Store
@@ -151,7 +155,7 @@ class PolicyDecisions:
                 organization_id=organization_id,
                 request_id=context.request_id.get(),
                 principal_id=asked.principal.principal_id,
-                input=asked.SerializeToString(),
+                input=_recorded(asked),
                 allowed=ruling.allowed,
                 policy_ids=ruling.policy_ids,
                 denying_policy_id=ruling.denying_policy_id,
@@ -160,6 +164,43 @@ class PolicyDecisions:
                 duration_micros=duration_micros,
             )
         )
+
+
+def _recorded(asked: pb.PolicyInput) -> bytes:
+    """An input as it is stored: its caller without what a caller's id tells, which would be most of each row, and what
+    a request holds where ids belong without what looks like a secret."""
+    told, caller = pb.PolicyInput(), asked.principal
+    told.CopyFrom(asked)
+    told.principal.CopyFrom(
+        PrincipalMessage(
+            kind=caller.kind,
+            principal_id=caller.principal_id,
+            organization_id=caller.organization_id,
+            api_key_id=caller.api_key_id,
+            user_id=caller.user_id,
+            service_account_id=caller.service_account_id,
+        )
+    )
+    told.resource_json = _redacted(asked.resource_json)
+    return told.SerializeToString()
+
+
+def _redacted(resource_json: str) -> str:
+    """A JSON document whose texts hold no secrets. As a whole it is no text of which parts could be taken."""
+    if redact(resource_json) == resource_json:
+        return resource_json
+    try:
+        return msgspec.json.encode(_told(msgspec.json.decode(resource_json))).decode()
+    except (msgspec.DecodeError, RecursionError):
+        return ""
+
+
+def _told(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {redact(name): _told(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_told(inner) for inner in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 async def ruled(

@@ -10,6 +10,8 @@ from identity.policies import Decision, Policies, Policy
 from identity.policy_decisions import PolicyDecisions, Ruling, ruled
 from identity.policy_inputs import checked_input_json, input_json
 from identity.policy_judge import PolicyJudge
+from identity.principals import Principals
+from mesh.auth import Principal
 from mesh.ids import new_id
 
 _EXAMPLES = 100
@@ -29,7 +31,10 @@ class DryRun:
 class PolicyDryRuns:
     """Policies as if they were in use. The judge is not the one that decides, so that no call waits for a trial."""
 
-    def __init__(self, policies: Policies, decisions: PolicyDecisions, judge: PolicyJudge) -> None:
+    def __init__(
+        self, policies: Policies, decisions: PolicyDecisions, judge: PolicyJudge, principals: Principals
+    ) -> None:
+        self._principals = principals
         self._policies = policies
         self._decisions = decisions
         self._judge = judge
@@ -44,7 +49,8 @@ class PolicyDryRuns:
         self, organization_id: str, tried: Policy, start_time: datetime | None, end_time: datetime | None, most: int
     ) -> DryRun:
         """Judge the newest recorded decisions as if `tried` were in use, in the place of the policy with its id where
-        there is one. Raises PlatformError(NOT_FOUND) for an id that no policy has."""
+        there is one; callers have the permissions that they hold by now. Raises PlatformError(NOT_FOUND) for an id that
+        no policy has."""
         if tried.policy_id:
             await self._policies.get(organization_id, tried.policy_id)
         in_use = await self._decisions.policies(organization_id)
@@ -53,9 +59,9 @@ class PolicyDryRuns:
             policies = [tried if policy.policy_id == tried.policy_id else policy for policy in in_use]
         else:
             policies = [*in_use, tried]
-        found = DryRun()
+        found, held = DryRun(), dict[bytes, list[str]]()
         async for batch in self._policies.recorded(organization_id, start_time, end_time, most):
-            inputs = [input_json(pb.PolicyInput.FromString(decision.input)) for decision in batch]
+            inputs = [input_json(await self._asked(decision, held)) for decision in batch]
             for decision, ruling in zip(
                 batch, await ruled(self._judge, organization_id, policies, inputs), strict=True
             ):
@@ -66,3 +72,12 @@ class PolicyDryRuns:
                 if decision.allowed != ruling.allowed and len(found.examples) < _EXAMPLES:
                     found.examples.append((decision, ruling))
         return found
+
+    async def _asked(self, decision: Decision, held: dict[bytes, list[str]]) -> pb.PolicyInput:
+        """A recorded input, whose caller has the permissions that it holds now."""
+        asked = pb.PolicyInput.FromString(decision.input)
+        caller = asked.principal.SerializeToString(deterministic=True)
+        if caller not in held:
+            held[caller] = sorted(await self._principals.held_now(Principal.from_proto(asked.principal)))
+        asked.principal.permissions.extend(held[caller])
+        return asked

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from identity import roles
+from identity import attempts, roles
 from identity.api_keys import ApiKey
 from identity.organizations import OrganizationState
 from mesh import context, tokens
@@ -112,6 +112,20 @@ class Principals:
         self._last_uses.note(found.key.organization_id, found.key.api_key_id, now)
         return principal_of(found)
 
+    async def held_now(self, principal: Principal) -> frozenset[str]:
+        """The permissions that somebody holds now, of an API key those within its scopes; none for who is gone. The
+        scopes of an access token are not known by its holder's id."""
+        if principal.api_key_id:
+            found = await self._store.credential(principal.api_key_id)
+            return frozenset() if found is None else principal_of(found).permissions
+        organization_id = principal.organization_id
+        with attempts.apart():
+            async with self._store.transaction(across=True) as stored:
+                holder = await stored.holders.find(organization_id, principal.service_account_id, principal.user_id)
+        if holder is None or not holder.acting:
+            return frozenset()
+        return roles.held_through(holder.role_ids, holder.custom_permissions, organization_id)
+
 
 def caller() -> Principal:
     """Who makes the call that is being served. Raises PlatformError(MISSING_CREDENTIALS) outside of an authenticated
@@ -129,9 +143,14 @@ def signed_in() -> Principal:
     PlatformError: MISSING_CREDENTIALS, PERMISSION_DENIED for whoever presented anything but a session.
     """
     principal = caller()
-    if principal.kind != "user" or not context.credential.get().startswith(tokens.SESSION.prefix):
+    if not is_signed_in(principal):
         raise PlatformError(Reason.PERMISSION_DENIED, description="Only somebody who is signed in may do this.")
     return principal
+
+
+def is_signed_in(principal: Principal) -> bool:
+    """Whether the caller is a person who makes the call in person."""
+    return principal.kind == "user" and context.credential.get().startswith(tokens.SESSION.prefix)
 
 
 def principal_of(credential: Credential) -> Principal:

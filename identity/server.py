@@ -178,7 +178,13 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
             sign_ins = SignIns(store, clock, passwords, sessions, mfa, throttles, mail)
             issuers = Issuers(store, clock, issuer_client, seal, allow_private=config.allow_private_issuers)
             federation = Federation(
-                store, clock, issuer_client, seal, sessions, f"{config.public_url.rstrip('/')}/sign-in/issuer"
+                store,
+                clock,
+                issuer_client,
+                seal,
+                sessions,
+                throttles,
+                f"{config.public_url.rstrip('/')}/sign-in/issuer",
             )
             principals = Principals(store, clock, last_uses, oauth_tokens, sessions)
             # What is tried must not hold up what is decided.
@@ -207,7 +213,7 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
                 [
                     *_services(
                         store,
-                        AuthService(principals, feed),
+                        AuthService(principals, feed, Users(store, clock), Organizations(store, clock), sessions),
                         budgets,
                         ConfigurationService(configurations, directory),
                         clock,
@@ -235,7 +241,7 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
                     _served(
                         policy_service_pb2,
                         policy_service_pb2_grpc,
-                        PolicyService(policies, decisions, PolicyDryRuns(policies, decisions, trial_judge)),
+                        PolicyService(policies, decisions, PolicyDryRuns(policies, decisions, trial_judge, principals)),
                     ),
                     _served(audit_service_pb2, audit_service_pb2_grpc, AuditService(audit)),
                     _served(

@@ -234,12 +234,33 @@ class Sessions:
             raise PlatformError(Reason.API_KEY_INVALID)
         return session
 
+    async def current_needs_enrollment(self) -> bool:
+        """Whether the session that makes the call may do nothing but set up MFA."""
+        async with self._store.transaction(across=True) as stored:
+            session = await self.current(stored)
+        return await self.needs_enrollment(session)
+
     async def needs_enrollment(self, session: Session) -> bool:
         """Whether a session may do nothing but set up MFA."""
         if session.multi_factor:
             return False
         async with self._store.transaction(across=True) as stored:
             return await self._is_required(stored, session.organization_id, session.user_id)
+
+    async def check_enrolling(self, stored: Transaction, session: Session) -> None:
+        """Raises PlatformError(PERMISSION_DENIED) unless a session may set up MFA. One from an issuer may where nothing
+        else is open to it and nobody else is concerned: MFA is required of it, its user has none yet, and is a member
+        of its organization alone, since an organization's issuer must not put a lock before another organization."""
+        if not session.issuer_id:
+            return
+        user_id, organization_id = session.user_id, session.organization_id
+        if (
+            session.multi_factor
+            or await self._mfa.methods(stored, user_id)
+            or await stored.users.is_in_another(organization_id, user_id)
+            or not await self._is_required(stored, organization_id, user_id)
+        ):
+            check_own(session)
 
     async def list(self, user_id: str, before: TimePlace | None, limit: int) -> Sequence[Session]:
         """Up to `limit` sessions of a user that are still accepted, in all its organizations, newest first."""

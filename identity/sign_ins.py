@@ -142,6 +142,15 @@ class SignIns:
         """Raises PlatformError(INVALID_ARGUMENT) unless it is the caller's; of a user who has none, unless it is empty;
         PERMISSION_DENIED if an issuer vouched for the caller."""
         check_own(await self._sessions.current(stored))
+        await self._check_password(stored, user_id, password)
+
+    async def check_enrolling(self, stored: Transaction, user_id: str, password: str) -> None:
+        """Raises PlatformError as `check_password` does, but accepts some callers for whom an issuer vouched
+        (`Sessions.check_enrolling`)."""
+        await self._sessions.check_enrolling(stored, await self._sessions.current(stored))
+        await self._check_password(stored, user_id, password)
+
+    async def _check_password(self, stored: Transaction, user_id: str, password: str) -> None:
         account = await stored.passwords.account_of(user_id)
         if account is None or account.password_hash is None:
             if password:

@@ -41,6 +41,8 @@ class Way:
 PASSWORD = Way("password", 5, 50)
 RECOVERY = Way("recovery", 3, 20)
 TOKEN = Way("token", 10, 50)
+# Nothing is guessed there, but each one is a row, and work for an issuer.
+ISSUER = Way("issuer", 10, 200)
 
 
 class Throttles:

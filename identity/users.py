@@ -66,8 +66,10 @@ class Users:
         PERMISSION_DENIED, ALREADY_EXISTS for an address that is a member.
         """
         fields.check_request_id(request_id)
-        fields.check_email(wanted.email, "user.email")
-        fields.check_display_name(wanted.display_name, "user.display_name", required=False)
+        fields.check_all(
+            lambda: fields.check_email(wanted.email, "user.email"),
+            lambda: fields.check_display_name(wanted.display_name, "user.display_name", required=False),
+        )
         now = self._clock.now()
         organization_id = wanted.organization_id
         async with self._store.transaction() as stored:

@@ -160,6 +160,11 @@ class Store:
         if attempt := attempts.current.get():
             await attempt.settle()
 
+    async def record(self, stored: Transaction, entry: AuditEntry) -> None:
+        """Write in a transaction what the platform does in it by itself; a store without keys has no audit log."""
+        if self._audit_keys is not None:
+            await stored.audit.append(entry, self._audit_keys)
+
     def joined(self, stored: Transaction) -> Store:
         """The same store, all of whose transactions are parts of one that has begun: nothing of them is committed
         before it is, and the failure of one is for it to answer."""

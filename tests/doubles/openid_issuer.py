@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import hmac
+import html
 import json
 import secrets
 import time
@@ -68,6 +69,7 @@ class OpenIdIssuer:
     async def __aenter__(self) -> "OpenIdIssuer":
         app = web.Application()
         app.router.add_get("/.well-known/openid-configuration", self._configuration)
+        app.router.add_get("/authorize", self._authorize)
         app.router.add_get("/keys", self._keys)
         app.router.add_post("/token", self._token)
         self._runner = web.AppRunner(app, handle_signals=False, shutdown_timeout=0.1, access_log=None)
@@ -94,6 +96,12 @@ class OpenIdIssuer:
             **self.metadata,
         }
         return web.json_response(metadata, status=self.status)
+
+    async def _authorize(self, request: web.Request) -> web.Response:
+        """The page on which a person says who they are."""
+        parameters = urlencode(self.sign_in(str(request.url)))
+        back = html.escape(f"{request.query['redirect_uri']}?{parameters}")
+        return web.Response(text=f'<a href="{back}">It is me</a>', content_type="text/html")
 
     async def _keys(self, request: web.Request) -> web.Response:
         self.asked.append("keys")

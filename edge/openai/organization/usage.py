@@ -173,6 +173,7 @@ class _Report:
         self._identity = peers["identity"]
         self._analytics = peers["analytics"]
         self._auth = auth_service_pb2_grpc.AuthServiceStub(self._identity.channel)
+        self._usage = usage_service_pb2_grpc.UsageServiceStub(self._analytics.channel)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. Raises PlatformError."""
@@ -197,6 +198,14 @@ class _Report:
         answer = await self._identity.call(self._auth.GetCurrentPrincipal, request, _TIMEOUT_S)
         return answer.principal.organization_id
 
+    async def _nothing(self, project: str, buckets: Range) -> BucketPage:
+        """Empty buckets, for whoever may see that there is nothing: analytics decides that too."""
+        request = usage_service_pb2.QueryUsageRequest(organization_id=project, page_size=1)
+        request.start_time.FromSeconds(buckets.start)
+        request.end_time.FromSeconds(buckets.start + buckets.width)
+        await self._analytics.call(self._usage.QueryUsage, request, _TIMEOUT_S)
+        return _page_of(buckets, {})
+
     def _now_s(self) -> int:
         return int(self._clock.now().timestamp())
 
@@ -207,16 +216,15 @@ class UsageEndpoint(_Report):
     def __init__(self, path: str, peers: Peers, clock: Clock | None = None) -> None:
         super().__init__(path, peers, clock or SystemClock())
         self._kind = USAGE[path]
-        self._stub = usage_service_pb2_grpc.UsageServiceStub(self._analytics.channel)
 
     async def _page(self, encoded: bytes) -> BucketPage:
         query = Query(encoded, USAGE_PARAMETERS)
         buckets = read_range(query, _USAGE_WIDTHS, self._now_s())
         group_by = query.choices("group_by", _DIMENSIONS) if self._kind.endpoints else []
+        project = await self._project(query)
         # Nothing runs in batches here.
         if not self._kind.endpoints or query.boolean("batch") or not buckets.count:
-            return _page_of(buckets, {})
-        project = await self._project(query)
+            return await self._nothing(project, buckets)
         request = usage_service_pb2.QueryUsageRequest(
             organization_id=project,
             interval=_INTERVALS[buckets.width],
@@ -229,7 +237,7 @@ class UsageEndpoint(_Report):
             ),
             page_size=_ROWS,
         )
-        rows = await _all_rows(self._analytics, self._stub.QueryUsage, request, buckets)
+        rows = await _all_rows(self._analytics, self._usage.QueryUsage, request, buckets)
         constants: dict[str, Any] = {"project_id": project}
         if self._kind.result is CompletionsResult:
             constants |= {"batch": False, "api_source": "unlabeled"}
@@ -267,9 +275,9 @@ class CostsEndpoint(_Report):
         buckets = read_range(query, _COST_WIDTHS, self._now_s())
         group_by = query.choices("group_by", _COST_DIMENSIONS)
         line_items = frozenset(query.texts("line_items"))
-        if not buckets.count:
-            return _page_of(buckets, {})
         project = await self._project(query)
+        if not buckets.count:
+            return await self._nothing(project, buckets)
         request = spend_service_pb2.QuerySpendRequest(
             organization_id=project,
             interval=_INTERVALS[buckets.width],

@@ -67,15 +67,16 @@ async def running_edge(
     limits: Limits | None = None,
     connection: ConnectionLimits | None = None,
     drain_s: int = 2,
+    port: int = 0,
 ) -> AsyncIterator[Edge]:
-    """An edge in front of the doubles, by peer name, until the end of the block."""
+    """An edge in front of the doubles, by peer name, until the end of the block; on a free port unless told."""
     peers = Peers({name: connect(double.address, *services_of(name)) for name, double in doubles.items()})
     routers = Routers(doubles["router"].address, GrpcStream, Random(1))
     log_pipe, log_end = os.pipe()
     access_log = AccessLog("edge", log_end)
     app = build_app(peers, routers, linked_services(), limits or Limits(4 << 20, 30.0, 60.0), access_log)
     server = HttpServer(app, connection or ConnectionLimits(), drain_s)
-    with listen("127.0.0.1", 0, idle_timeout_s=30.0) as listener:
+    with listen("127.0.0.1", port, idle_timeout_s=30.0) as listener:
         port = listener.getsockname()[1]
         relays = asyncio.create_task(routers.run())
         serving = asyncio.create_task(server.serve(sockets=[listener]))

@@ -70,6 +70,14 @@ async def test_log_line_has_the_template_and_never_the_query_or_the_key(
         assert secret not in everything
 
 
+@pytest.mark.parametrize("path", [MODELS, "/admin/v1/organizations/org_1/api-keys", "/oauth2/userinfo"])
+async def test_what_no_peer_serves_is_501(edge: Edge, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    # As of one that is older than the edge.
+    monkeypatch.setattr(PeerDouble, "service", lambda self, details: None)
+    response = await edge.client.get(path)
+    assert response.status_code == 501, response.text
+
+
 @pytest.mark.parametrize("path", [MODELS, "/v1/models"])
 async def test_unforeseen_exception_is_a_fixed_sentence_and_logged(
     edge: Edge, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, path: str

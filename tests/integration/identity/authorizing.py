@@ -17,12 +17,13 @@ from google.protobuf.field_mask_pb2 import FieldMask
 
 from aiaas.identity.v1 import oauth_service_pb2 as pb
 from aiaas.identity.v1 import oauth_service_pb2_grpc
-from edge.oauth import SESSION_COOKIE
+from edge.browser import SESSION_COOKIE
 from identity.principals import Principals
 from mesh import tokens
 from mesh.auth import Principal
 from tests.doubles.peer import PeerDouble
 from tests.integration.edge.harness import running_edge
+from tests.integration.edge.reading import led_to, seen
 from tests.integration.identity.harness import Identity, running_identity
 
 CALLBACK = "https://app.example/callback"
@@ -142,11 +143,10 @@ class Provider:
 
     async def choose(self, parameters: dict[str, str], asked: httpx.Response, consent: str = "allow") -> httpx.Response:
         """What a browser is answered when its user has chosen."""
-        token = asked.json()["consent_needed"]["consent_token"]
         return await self.http.post(
             "/oauth2/authorize",
-            data={**parameters, "consent_token": token, "consent": consent},
-            headers={"cookie": f"{SESSION_COOKIE}={self.session}"},
+            data={**parameters, "consent_token": consent_token_of(asked), "consent": consent},
+            headers={"cookie": f"{SESSION_COOKIE}={self.session}", "sec-fetch-site": "same-origin"},
         )
 
     async def consented(self, parameters: dict[str, str]) -> str:
@@ -154,8 +154,7 @@ class Provider:
         answer = await self.visit(parameters)
         if answer.status_code == 200:
             answer = await self.choose(parameters, answer)
-        assert answer.status_code == 303, answer.text
-        return answer.headers["location"]
+        return led_to(answer)
 
     async def code(self, client: Client, **parameters: str) -> Code:
         """A new code."""
@@ -225,6 +224,18 @@ def granted(answer: httpx.Response) -> dict[str, Any]:
     assert answer.headers["cache-control"] == "no-store"
     told: dict[str, Any] = answer.json()
     return told
+
+
+def consent_token_of(answer: httpx.Response) -> str:
+    """The token of a page that asks for consent."""
+    return seen(answer).kept["consent_token"]
+
+
+def error_shown(answer: httpx.Response) -> str:
+    """Why the user is not sent on, by the name that OAuth2 has for it."""
+    page = seen(answer, 400)
+    assert "location" not in answer.headers
+    return page.text.partition("(")[2].partition(")")[0]
 
 
 def error_of(answer: httpx.Response, status: int = 400) -> str:

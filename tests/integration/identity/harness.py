@@ -145,6 +145,8 @@ async def running_identity(
     configuration_path: str = "",
     restarted: bool = False,
     smtp_url: str = "",
+    public_url: str = PUBLIC_URL,
+    allow_private_issuers: bool = False,
 ) -> AsyncIterator[Identity]:
     """identity on a unix socket over a migrated database, bootstrapped. Without a broker its events wait.
 
@@ -158,11 +160,12 @@ async def running_identity(
         amqp_url=amqp_url,
         audit_keys=AUDIT_KEY,
         secret_key=SECRET_KEY,
-        public_url=PUBLIC_URL,
+        public_url=public_url,
         redis_url=redis_url,
         drain_s=drain_s,
         configuration_path=configuration_path,
         smtp_url=smtp_url,
+        allow_private_issuers=allow_private_issuers,
     )
     stop = asyncio.Event()
     async with asyncio.TaskGroup() as tasks:

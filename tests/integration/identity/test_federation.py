@@ -16,8 +16,10 @@ from identity.organizations import Organization, Organizations
 from identity.revocations import Revocation
 from identity.roles import ALL_PERMISSIONS, BUILT_IN, PLATFORM_ORGANIZATION_ID, TENANT_PERMISSIONS
 from identity.stores import Store, Transaction, open_database
+from identity.throttles import ISSUER, Throttles
 from identity.users import User, Users
 from mesh.auth import Principal
+from mesh.context import client_address
 from mesh.errors import PlatformError, Reason
 from mesh.sealing import Seal
 from tests.doubles.clock import ManualClock
@@ -107,7 +109,7 @@ async def world(database_url: str) -> AsyncIterator[World]:
     organization_id = await new_organization(store, clock)
     async with OpenIdIssuer() as openid, IssuerClient(clock, allow_private=True) as client:
         issuers = Issuers(store, clock, client, seal, allow_private=True)
-        federation = Federation(store, clock, client, seal, opened, REDIRECT_URI)
+        federation = Federation(store, clock, client, seal, opened, Throttles(store, clock), REDIRECT_URI)
         yield World(organization_id, store, clock, client, issuers, federation, opened, openid, revoked)
     await database.close()
 
@@ -120,6 +122,20 @@ async def test_verified_address_of_a_member_is_that_member_from_then_on_whatever
     assert await world.sign_in(issuer) == user_id
     assert await world.sign_in(issuer, {"sub": "ada", "email": "other@example.com", "email_verified": False}) == user_id
     assert world.opened.users == [(user_id, world.organization_id, False, issuer.issuer_id)] * 2
+
+
+async def test_sign_ins_at_issuers_are_begun_from_one_network_only_so_often(world: World) -> None:
+    issuer = await world.issuer()
+
+    for number in range(ISSUER.free_of_address):
+        client_address.set(f"2001:db8::{number:x}")
+        await world.federation.begin(issuer.issuer_id, "/")
+    client_address.set("2001:db8::ffff")
+    with pytest.raises(PlatformError) as raised:
+        await world.federation.begin(issuer.issuer_id, "/")
+    assert raised.value.reason is Reason.RATE_LIMIT_EXCEEDED, "a /64 is one customer's"
+    client_address.set("2001:db8:1::1")
+    await world.federation.begin(issuer.issuer_id, "/")
 
 
 async def test_unverified_address_takes_over_nobody_and_makes_nobody(world: World) -> None:

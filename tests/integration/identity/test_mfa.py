@@ -36,6 +36,8 @@ class SignIns:
         if password != PASSWORD:
             raise PlatformError(Reason.PERMISSION_DENIED, field="password")
 
+    check_enrolling = check_password
+
     async def pass_mfa(self, stored: Transaction) -> None:
         self.passed += 1
 

@@ -20,6 +20,7 @@ from mesh import tokens
 from mesh.auth import Principal
 from mesh.errors import PlatformError, Reason
 from tests.doubles.tcp_gate import TcpGate
+from tests.integration.edge.reading import led_to, seen
 from tests.integration.identity.authorizing import (
     CALLBACK,
     SCOPE,
@@ -27,7 +28,9 @@ from tests.integration.identity.authorizing import (
     Provider,
     Sessions,
     asked_by,
+    consent_token_of,
     error_of,
+    error_shown,
     granted,
     inhabit,
     query_of,
@@ -143,15 +146,14 @@ async def test_redirect_is_matched_exactly_and_nothing_is_sent_elsewhere(
     provider: Provider, client: Client, redirect_uri: str
 ) -> None:
     answer = await provider.visit(asked_by(client, VERIFIER, redirect_uri=redirect_uri))
-    assert error_of(answer) == "invalid_request"
-    assert "location" not in answer.headers
+    assert error_shown(answer) == "invalid_request"
 
 
 async def test_repeated_parameters_are_refused(provider: Provider, client: Client) -> None:
     asked = asked_by(client, VERIFIER)
     twice = [*asked.items(), ("redirect_uri", "https://evil.example/")]
     answer = await provider.http.get(f"/oauth2/authorize?{urlencode(twice)}")
-    assert error_of(answer) == "invalid_request"
+    assert error_shown(answer) == "invalid_request"
     answer = await provider.http.get(f"/oauth2/authorize?{urlencode(asked)}&scope=openid")
     assert query_of(answer.headers["location"])["error"] == "invalid_request"
     twice = [("grant_type", "refresh_token"), ("grant_type", "refresh_token"), ("refresh_token", "x")]
@@ -411,8 +413,9 @@ async def test_only_a_session_of_the_clients_organization_signs_in(provider: Pro
     elsewhere = provider.sessions.open(await provider.identity.organization("Other"), provider.user_id)
     for session in ("", told["access_token"], provider.identity.admin, tokens.SESSION.generate().text, elsewhere):
         answer = await provider.visit(asked_by(client, VERIFIER, login_hint="a@b.example"), session=session)
-        needed = answer.json()["sign_in_needed"]
-        assert (needed["client_display_name"], needed["login_hint"]) == ("App", "a@b.example")
+        needed = query_of(led_to(answer))
+        assert (needed["email"], needed["organization_id"]) == ("a@b.example", provider.organization_id)
+        assert needed["return_path"].startswith(f"/oauth2/authorize?response_type=code&client_id={client.id}&")
         answer = await provider.visit(asked_by(client, VERIFIER, prompt="none"), session=session)
         assert query_of(answer.headers["location"])["error"] == "login_required"
 
@@ -423,25 +426,25 @@ async def test_old_sign_in_is_asked_for_again(provider: Provider, client: Client
     provider.sessions._principals[provider.session] = principal
     for parameters in ({"max_age": "3600"}, {"prompt": "login"}):
         answer = await provider.visit(asked_by(client, VERIFIER, **parameters))
-        assert answer.json()["sign_in_needed"]["reauthenticate"] is True
-    assert (await provider.visit(asked_by(client, VERIFIER))).json()["consent_needed"]
+        assert query_of(led_to(answer))["notice"] == "sign-in-again"
+    assert consent_token_of(await provider.visit(asked_by(client, VERIFIER)))
 
 
 async def test_consent_is_for_this_request_in_this_session(provider: Provider, client: Client) -> None:
     asked = asked_by(client, VERIFIER)
     question = await provider.visit(asked)
-    assert question.json()["consent_needed"]["scopes"] == SCOPE.split()
+    assert "see your e-mail address see your name inference.create usage.query" in seen(question).text
     refused = await provider.choose(asked, question, "deny")
-    assert query_of(refused.headers["location"])["error"] == "access_denied"
+    assert query_of(led_to(refused))["error"] == "access_denied"
     wider = await provider.choose({**asked, "state": "other"}, question)
-    assert "consent_needed" in wider.json()
-    token = question.json()["consent_needed"]["consent_token"]
+    assert consent_token_of(wider)
+    token = consent_token_of(question)
     link = await provider.visit({**asked, "consent_token": token, "consent": "allow"})
-    assert "consent_needed" in link.json()
+    assert consent_token_of(link)
     session, provider.session = provider.session, provider.sessions.open(provider.organization_id, provider.user_id)
-    assert "consent_needed" in (await provider.choose(asked, question)).json()
+    assert consent_token_of(await provider.choose(asked, question))
     provider.session = session
-    assert "code" in query_of((await provider.choose(asked, question)).headers["location"])
+    assert "code" in query_of(led_to(await provider.choose(asked, question)))
 
 
 async def test_known_client_is_not_asked_about_twice_and_public_one_is(provider: Provider, client: Client) -> None:
@@ -450,11 +453,9 @@ async def test_known_client_is_not_asked_about_twice_and_public_one_is(provider:
         await provider.tokens(one, scope="openid")
     again = await provider.visit(asked_by(client, VERIFIER, scope="openid", prompt="none"))
     assert "code" in query_of(again.headers["location"])
-    assert "consent_needed" in (await provider.visit(asked_by(client, VERIFIER))).json()
-    assert (
-        "consent_needed" in (await provider.visit(asked_by(client, VERIFIER, scope="openid", prompt="consent"))).json()
-    )
-    assert "consent_needed" in (await provider.visit(asked_by(public, VERIFIER, scope="openid"))).json()
+    assert consent_token_of(await provider.visit(asked_by(client, VERIFIER)))
+    assert consent_token_of(await provider.visit(asked_by(client, VERIFIER, scope="openid", prompt="consent")))
+    assert consent_token_of(await provider.visit(asked_by(public, VERIFIER, scope="openid")))
     answer = await provider.visit(asked_by(public, VERIFIER, scope="openid", prompt="none"))
     assert query_of(answer.headers["location"])["error"] == "consent_required"
 

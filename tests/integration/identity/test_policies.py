@@ -200,6 +200,8 @@ async def test_decisions_are_recorded_without_secrets(identity: Identity, organi
     assert denied.input.method == "/aiaas.identity.v1.ApiKeyService/CreateApiKey"
     assert denied.input.principal.user_id == organization.owner.user_id
     assert '"display_name":"Any"' in denied.input.resource_json
+    assert not denied.input.principal.permissions
+    assert denied.input.ByteSize() < 1024
     assert denied.duration_micros > 0
     assert organization.owner.secret not in str(denied)
     assert len(await recorded(organization, 1, denied_only=True)) == 1
@@ -227,6 +229,21 @@ async def test_dry_run_tells_what_would_change(organization: Organization) -> No
     # Nothing of it is in use or recorded.
     assert not await organization.makes_key("Any")
     assert len(await recorded(organization, 4)) == 4
+
+
+async def test_dry_run_takes_the_permissions_that_callers_hold_by_then(organization: Organization) -> None:
+    await organization.add("package aiaas.policy\nallow := true", "")
+    key = await organization.identity.key(
+        organization.id, "api_keys.*", "inference.*", user_id=organization.owner.user_id
+    )
+    await organization.makes_key("One", key.secret)
+    await organization.makes_key("Two")
+    await recorded(organization, 2)
+    holding = policy('package aiaas.policy\nallow if "policies.create" in input.principal.permissions', "")
+    found = await organization.call("DryRunPolicy", policy=holding)
+    assert (found.evaluated, found.newly_denied) == (2, 1), "the owner's own key has it, the narrow one does not"
+    holding.modules[0].source = 'package aiaas.policy\nallow if "api_keys.create" in input.principal.permissions'
+    assert (await organization.call("DryRunPolicy", policy=holding)).newly_denied == 0
 
 
 async def test_other_services_have_decisions_made(identity: Identity, organization: Organization) -> None:

@@ -271,10 +271,7 @@ async def test_token_of_another_kind_is_no_session(people: People, organization_
         assert await people.identity.is_refused(token)
 
 
-async def test_session_of_an_issuer_stays_where_it_is_and_leaves_the_password_alone(
-    people: People, organization_id: str, ann: str, sql: Sql
-) -> None:
-    made = await people.session(ANN)
+async def add_issuer(sql: Sql, organization_id: str) -> None:
     await sql.execute(
         "INSERT INTO issuers (issuer_id, organization_id, display_name, issuer_url, client_id, scopes, email_domains,"
         " claim_names, group_roles, default_role_ids, withheld, create_users, trust_mfa, disabled, create_time,"
@@ -282,6 +279,40 @@ async def test_session_of_an_issuer_stays_where_it_is_and_leaves_the_password_al
         " '{}', '{}', '{}', '{}', false, false, false, now(), now())",
         organization_id,
     )
+
+
+async def require_mfa(people: People, organization_id: str) -> None:
+    request = mfa_pb2.UpdateMfaRequirementRequest(
+        organization_id=organization_id, mfa_requirement=mfa_pb2.MfaRequirement(everyone=True)
+    )
+    await people.identity.call(people.mfa.UpdateMfaRequirement, request)
+
+
+async def test_whom_an_issuer_vouches_for_sets_up_the_mfa_that_is_required_and_then_answers(
+    people: People, organization_id: str, ann: str, sql: Sql
+) -> None:
+    token = (await people.session(ANN)).session_token
+    await add_issuer(sql, organization_id)
+    await sql.execute("UPDATE sessions SET issuer_id = 'iss_0000000000000000000001'")
+    await sql.execute("DELETE FROM passwords")
+    enroll = mfa_pb2.EnrollTotpRequest()
+    assert (await people.refused(people.mfa.EnrollTotp, enroll, token)).reason is Reason.PERMISSION_DENIED
+    await require_mfa(people, organization_id)
+    assert not (await people.identity.authenticate(token)).permissions
+    _, codes = await people.enroll(token, password="")
+    assert "inference.create" in (await people.identity.authenticate(token)).permissions
+    # What is set up is changed by nobody whom an issuer alone vouches for.
+    again = mfa_pb2.EnrollTotpRequest(recovery_code=codes[0])
+    assert (await people.refused(people.mfa.EnrollTotp, again, token)).reason is Reason.PERMISSION_DENIED
+    disable = mfa_pb2.DisableTotpRequest(recovery_code=codes[0])
+    assert (await people.refused(people.mfa.DisableTotp, disable, token)).reason is Reason.PERMISSION_DENIED
+
+
+async def test_session_of_an_issuer_stays_where_it_is_and_leaves_the_password_alone(
+    people: People, organization_id: str, ann: str, sql: Sql
+) -> None:
+    made = await people.session(ANN)
+    await add_issuer(sql, organization_id)
     await sql.execute("UPDATE sessions SET issuer_id = 'iss_0000000000000000000001'")
     token = made.session_token
     assert await people.is_accepted(token)
@@ -291,6 +322,14 @@ async def test_session_of_an_issuer_stays_where_it_is_and_leaves_the_password_al
         (people.mfa.EnrollTotp, mfa_pb2.EnrollTotpRequest(password=PASSWORD)),
     ):
         assert (await people.refused(method, request, token)).reason is Reason.PERMISSION_DENIED
+    # Not even who must have MFA may set it up through an issuer for another organization as well.
+    await require_mfa(people, organization_id)
+    other = await people.identity.organization("Other")
+    user = user_service_pb2.User(email=ANN, role_ids=["developer"])
+    create = user_service_pb2.CreateUserRequest(organization_id=other, user=user)
+    await people.identity.call(people.identity.users.CreateUser, create)
+    error = await people.refused(people.mfa.EnrollTotp, mfa_pb2.EnrollTotpRequest(password=PASSWORD), token)
+    assert error.reason is Reason.PERMISSION_DENIED
     await sql.execute("UPDATE issuers SET disabled = true")
     assert not await people.is_accepted(token)
     await sql.execute("UPDATE issuers SET disabled = false")

@@ -29,13 +29,17 @@ from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mas
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'aiaas/identity/v1/api_key_service.proto\x12\x11\x61iaas.identity.v1\x1a\x1a\x61iaas/type/v1/limits.proto\x1a\x1b\x61iaas/type/v1/options.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x81\x04\n\x06\x41piKey\x12\x12\n\napi_key_id\x18\x01 \x01(\t\x12\x17\n\x0forganization_id\x18\x02 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12\x1a\n\x12service_account_id\x18\x04 \x01(\t\x12\x0f\n\x07user_id\x18\x05 \x01(\t\x12\x0e\n\x06scopes\x18\x06 \x03(\t\x12\x16\n\x0e\x61llowed_models\x18\x07 \x03(\t\x12\x18\n\x10\x61llowed_networks\x18\x08 \x03(\t\x12.\n\x0brate_limits\x18\t \x01(\x0b\x32\x19.aiaas.type.v1.RateLimits\x12/\n\x0b\x65xpire_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\x05state\x18\x0b \x01(\x0e\x32\x1e.aiaas.identity.v1.ApiKeyState\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rlast_use_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0brevoke_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\ncreator_id\x18\x0f \x01(\t\x12\x0c\n\x04\x65tag\x18\x10 \x01(\t\"n\n\x13\x43reateApiKeyRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12*\n\x07\x61pi_key\x18\x02 \x01(\x0b\x32\x19.aiaas.identity.v1.ApiKey\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"R\n\x14\x43reateApiKeyResponse\x12*\n\x07\x61pi_key\x18\x01 \x01(\x0b\x32\x19.aiaas.identity.v1.ApiKey\x12\x0e\n\x06secret\x18\x02 \x01(\t\"?\n\x10GetApiKeyRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12\x12\n\napi_key_id\x18\x02 \x01(\t\"?\n\x11GetApiKeyResponse\x12*\n\x07\x61pi_key\x18\x01 \x01(\x0b\x32\x19.aiaas.identity.v1.ApiKey\"\xb0\x01\n\x12ListApiKeysRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12-\n\x05state\x18\x04 \x01(\x0e\x32\x1e.aiaas.identity.v1.ApiKeyState\x12\x1a\n\x12service_account_id\x18\x05 \x01(\t\x12\x0f\n\x07user_id\x18\x06 \x01(\t\"[\n\x13ListApiKeysResponse\x12+\n\x08\x61pi_keys\x18\x01 \x03(\x0b\x32\x19.aiaas.identity.v1.ApiKey\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x9f\x01\n\x13UpdateApiKeyRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12\x12\n\napi_key_id\x18\x02 \x01(\t\x12*\n\x07\x61pi_key\x18\x03 \x01(\x0b\x32\x19.aiaas.identity.v1.ApiKey\x12/\n\x0bupdate_mask\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"B\n\x14UpdateApiKeyResponse\x12*\n\x07\x61pi_key\x18\x01 \x01(\x0b\x32\x19.aiaas.identity.v1.ApiKey\"n\n\x13RotateApiKeyRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12\x12\n\napi_key_id\x18\x02 \x01(\t\x12*\n\x07overlap\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"R\n\x14RotateApiKeyResponse\x12*\n\x07\x61pi_key\x18\x01 \x01(\x0b\x32\x19.aiaas.identity.v1.ApiKey\x12\x0e\n\x06secret\x18\x02 \x01(\t\"B\n\x13RevokeApiKeyRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12\x12\n\napi_key_id\x18\x02 \x01(\t\"B\n\x14RevokeApiKeyResponse\x12*\n\x07\x61pi_key\x18\x01 \x01(\x0b\x32\x19.aiaas.identity.v1.ApiKey*|\n\x0b\x41piKeyState\x12\x1d\n\x19\x41PI_KEY_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41PI_KEY_STATE_ACTIVE\x10\x01\x12\x19\n\x15\x41PI_KEY_STATE_REVOKED\x10\x02\x12\x19\n\x15\x41PI_KEY_STATE_EXPIRED\x10\x03\x32\x9b\t\n\rApiKeyService\x12\xbb\x01\n\x0c\x43reateApiKey\x12&.aiaas.identity.v1.CreateApiKeyRequest\x1a\'.aiaas.identity.v1.CreateApiKeyResponse\"Z\xaa\xd4\x18V\n\x0f\x61pi_keys.create*C\n\x04POST\x12\x32/admin/v1/organizations/{organization_id}/api-keys\x1a\x07\x61pi_key\x12\xb5\x01\n\tGetApiKey\x12#.aiaas.identity.v1.GetApiKeyRequest\x1a$.aiaas.identity.v1.GetApiKeyResponse\"]\x90\x02\x01\xaa\xd4\x18V\n\x0c\x61pi_keys.get*F\n\x03GET\x12?/admin/v1/organizations/{organization_id}/api-keys/{api_key_id}\x12\xaf\x01\n\x0bListApiKeys\x12%.aiaas.identity.v1.ListApiKeysRequest\x1a&.aiaas.identity.v1.ListApiKeysResponse\"Q\x90\x02\x01\xaa\xd4\x18J\n\rapi_keys.list*9\n\x03GET\x12\x32/admin/v1/organizations/{organization_id}/api-keys\x12\xc9\x01\n\x0cUpdateApiKey\x12&.aiaas.identity.v1.UpdateApiKeyRequest\x1a\'.aiaas.identity.v1.UpdateApiKeyResponse\"h\xaa\xd4\x18\x64\n\x0f\x61pi_keys.update*Q\n\x05PATCH\x12?/admin/v1/organizations/{organization_id}/api-keys/{api_key_id}\x1a\x07\x61pi_key\x12\xc9\x01\n\x0cRotateApiKey\x12&.aiaas.identity.v1.RotateApiKeyRequest\x1a\'.aiaas.identity.v1.RotateApiKeyResponse\"h\xaa\xd4\x18\x64\n\x0f\x61pi_keys.rotate*Q\n\x04POST\x12\x46/admin/v1/organizations/{organization_id}/api-keys/{api_key_id}:rotate\x1a\x01*\x12\xc9\x01\n\x0cRevokeApiKey\x12&.aiaas.identity.v1.RevokeApiKeyRequest\x1a\'.aiaas.identity.v1.RevokeApiKeyResponse\"h\xaa\xd4\x18\x64\n\x0f\x61pi_keys.revoke*Q\n\x04POST\x12\x46/admin/v1/organizations/{organization_id}/api-keys/{api_key_id}:revoke\x1a\x01*b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'aiaas/identity/v1/api_key_service.proto\x12\x11\x61iaas.identity.v1\x1a\x1a\x61iaas/type/v1/limits.proto\x1a\x1b\x61iaas/type/v1/options.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x81\x04\n\x06\x41piKey\x12\x12\n\napi_key_id\x18\x01 \x01(\t\x12\x17\n\x0forganization_id\x18\x02 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12\x1a\n\x12service_account_id\x18\x04 \x01(\t\x12\x0f\n\x07user_id\x18\x05 \x01(\t\x12\x0e\n\x06scopes\x18\x06 \x03(\t\x12\x16\n\x0e\x61llowed_models\x18\x07 \x03(\t\x12\x18\n\x10\x61llowed_networks\x18\x08 \x03(\t\x12.\n\x0brate_limits\x18\t \x01(\x0b\x32\x19.aiaas.type.v1.RateLimits\x12/\n\x0b\x65xpire_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\x05state\x18\x0b \x01(\x0e\x32\x1e.aiaas.identity.v1.ApiKeyState\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rlast_use_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0brevoke_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\ncreator_id\x18\x0f \x01(\t\x12\x0c\n\x04\x65tag\x18\x10 \x01(\t\"n\n\x13\x43reateApiKeyRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12*\n\x07\x61pi_key\x18\x02 \x01(\x0b\x32\x19.aiaas.identity.v1.ApiKey\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"W\n\x14\x43reateApiKeyResponse\x12*\n\x07\x61pi_key\x18\x01 \x01(\x0b\x32\x19.aiaas.identity.v1.ApiKey\x12\x13\n\x06secret\x18\x02 \x01(\tB\x03\x80\x01\x01\"?\n\x10GetApiKeyRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12\x12\n\napi_key_id\x18\x02 \x01(\t\"?\n\x11GetApiKeyResponse\x12*\n\x07\x61pi_key\x18\x01 \x01(\x0b\x32\x19.aiaas.identity.v1.ApiKey\"\xb0\x01\n\x12ListApiKeysRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12-\n\x05state\x18\x04 \x01(\x0e\x32\x1e.aiaas.identity.v1.ApiKeyState\x12\x1a\n\x12service_account_id\x18\x05 \x01(\t\x12\x0f\n\x07user_id\x18\x06 \x01(\t\"[\n\x13ListApiKeysResponse\x12+\n\x08\x61pi_keys\x18\x01 \x03(\x0b\x32\x19.aiaas.identity.v1.ApiKey\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x9f\x01\n\x13UpdateApiKeyRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12\x12\n\napi_key_id\x18\x02 \x01(\t\x12*\n\x07\x61pi_key\x18\x03 \x01(\x0b\x32\x19.aiaas.identity.v1.ApiKey\x12/\n\x0bupdate_mask\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"B\n\x14UpdateApiKeyResponse\x12*\n\x07\x61pi_key\x18\x01 \x01(\x0b\x32\x19.aiaas.identity.v1.ApiKey\"n\n\x13RotateApiKeyRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12\x12\n\napi_key_id\x18\x02 \x01(\t\x12*\n\x07overlap\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"W\n\x14RotateApiKeyResponse\x12*\n\x07\x61pi_key\x18\x01 \x01(\x0b\x32\x19.aiaas.identity.v1.ApiKey\x12\x13\n\x06secret\x18\x02 \x01(\tB\x03\x80\x01\x01\"B\n\x13RevokeApiKeyRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12\x12\n\napi_key_id\x18\x02 \x01(\t\"B\n\x14RevokeApiKeyResponse\x12*\n\x07\x61pi_key\x18\x01 \x01(\x0b\x32\x19.aiaas.identity.v1.ApiKey*|\n\x0b\x41piKeyState\x12\x1d\n\x19\x41PI_KEY_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41PI_KEY_STATE_ACTIVE\x10\x01\x12\x19\n\x15\x41PI_KEY_STATE_REVOKED\x10\x02\x12\x19\n\x15\x41PI_KEY_STATE_EXPIRED\x10\x03\x32\x9b\t\n\rApiKeyService\x12\xbb\x01\n\x0c\x43reateApiKey\x12&.aiaas.identity.v1.CreateApiKeyRequest\x1a\'.aiaas.identity.v1.CreateApiKeyResponse\"Z\xaa\xd4\x18V\n\x0f\x61pi_keys.create*C\n\x04POST\x12\x32/admin/v1/organizations/{organization_id}/api-keys\x1a\x07\x61pi_key\x12\xb5\x01\n\tGetApiKey\x12#.aiaas.identity.v1.GetApiKeyRequest\x1a$.aiaas.identity.v1.GetApiKeyResponse\"]\x90\x02\x01\xaa\xd4\x18V\n\x0c\x61pi_keys.get*F\n\x03GET\x12?/admin/v1/organizations/{organization_id}/api-keys/{api_key_id}\x12\xaf\x01\n\x0bListApiKeys\x12%.aiaas.identity.v1.ListApiKeysRequest\x1a&.aiaas.identity.v1.ListApiKeysResponse\"Q\x90\x02\x01\xaa\xd4\x18J\n\rapi_keys.list*9\n\x03GET\x12\x32/admin/v1/organizations/{organization_id}/api-keys\x12\xc9\x01\n\x0cUpdateApiKey\x12&.aiaas.identity.v1.UpdateApiKeyRequest\x1a\'.aiaas.identity.v1.UpdateApiKeyResponse\"h\xaa\xd4\x18\x64\n\x0f\x61pi_keys.update*Q\n\x05PATCH\x12?/admin/v1/organizations/{organization_id}/api-keys/{api_key_id}\x1a\x07\x61pi_key\x12\xc9\x01\n\x0cRotateApiKey\x12&.aiaas.identity.v1.RotateApiKeyRequest\x1a\'.aiaas.identity.v1.RotateApiKeyResponse\"h\xaa\xd4\x18\x64\n\x0f\x61pi_keys.rotate*Q\n\x04POST\x12\x46/admin/v1/organizations/{organization_id}/api-keys/{api_key_id}:rotate\x1a\x01*\x12\xc9\x01\n\x0cRevokeApiKey\x12&.aiaas.identity.v1.RevokeApiKeyRequest\x1a\'.aiaas.identity.v1.RevokeApiKeyResponse\"h\xaa\xd4\x18\x64\n\x0f\x61pi_keys.revoke*Q\n\x04POST\x12\x46/admin/v1/organizations/{organization_id}/api-keys/{api_key_id}:revoke\x1a\x01*b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'aiaas.identity.v1.api_key_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_CREATEAPIKEYRESPONSE'].fields_by_name['secret']._loaded_options = None
+  _globals['_CREATEAPIKEYRESPONSE'].fields_by_name['secret']._serialized_options = b'\200\001\001'
+  _globals['_ROTATEAPIKEYRESPONSE'].fields_by_name['secret']._loaded_options = None
+  _globals['_ROTATEAPIKEYRESPONSE'].fields_by_name['secret']._serialized_options = b'\200\001\001'
   _globals['_APIKEYSERVICE'].methods_by_name['CreateApiKey']._loaded_options = None
   _globals['_APIKEYSERVICE'].methods_by_name['CreateApiKey']._serialized_options = b'\252\324\030V\n\017api_keys.create*C\n\004POST\0222/admin/v1/organizations/{organization_id}/api-keys\032\007api_key'
   _globals['_APIKEYSERVICE'].methods_by_name['GetApiKey']._loaded_options = None
@@ -48,34 +52,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_APIKEYSERVICE'].methods_by_name['RotateApiKey']._serialized_options = b'\252\324\030d\n\017api_keys.rotate*Q\n\004POST\022F/admin/v1/organizations/{organization_id}/api-keys/{api_key_id}:rotate\032\001*'
   _globals['_APIKEYSERVICE'].methods_by_name['RevokeApiKey']._loaded_options = None
   _globals['_APIKEYSERVICE'].methods_by_name['RevokeApiKey']._serialized_options = b'\252\324\030d\n\017api_keys.revoke*Q\n\004POST\022F/admin/v1/organizations/{organization_id}/api-keys/{api_key_id}:revoke\032\001*'
-  _globals['_APIKEYSTATE']._serialized_start=1894
-  _globals['_APIKEYSTATE']._serialized_end=2018
+  _globals['_APIKEYSTATE']._serialized_start=1904
+  _globals['_APIKEYSTATE']._serialized_end=2028
   _globals['_APIKEY']._serialized_start=219
   _globals['_APIKEY']._serialized_end=732
   _globals['_CREATEAPIKEYREQUEST']._serialized_start=734
   _globals['_CREATEAPIKEYREQUEST']._serialized_end=844
   _globals['_CREATEAPIKEYRESPONSE']._serialized_start=846
-  _globals['_CREATEAPIKEYRESPONSE']._serialized_end=928
-  _globals['_GETAPIKEYREQUEST']._serialized_start=930
-  _globals['_GETAPIKEYREQUEST']._serialized_end=993
-  _globals['_GETAPIKEYRESPONSE']._serialized_start=995
-  _globals['_GETAPIKEYRESPONSE']._serialized_end=1058
-  _globals['_LISTAPIKEYSREQUEST']._serialized_start=1061
-  _globals['_LISTAPIKEYSREQUEST']._serialized_end=1237
-  _globals['_LISTAPIKEYSRESPONSE']._serialized_start=1239
-  _globals['_LISTAPIKEYSRESPONSE']._serialized_end=1330
-  _globals['_UPDATEAPIKEYREQUEST']._serialized_start=1333
-  _globals['_UPDATEAPIKEYREQUEST']._serialized_end=1492
-  _globals['_UPDATEAPIKEYRESPONSE']._serialized_start=1494
-  _globals['_UPDATEAPIKEYRESPONSE']._serialized_end=1560
-  _globals['_ROTATEAPIKEYREQUEST']._serialized_start=1562
-  _globals['_ROTATEAPIKEYREQUEST']._serialized_end=1672
-  _globals['_ROTATEAPIKEYRESPONSE']._serialized_start=1674
-  _globals['_ROTATEAPIKEYRESPONSE']._serialized_end=1756
-  _globals['_REVOKEAPIKEYREQUEST']._serialized_start=1758
-  _globals['_REVOKEAPIKEYREQUEST']._serialized_end=1824
-  _globals['_REVOKEAPIKEYRESPONSE']._serialized_start=1826
-  _globals['_REVOKEAPIKEYRESPONSE']._serialized_end=1892
-  _globals['_APIKEYSERVICE']._serialized_start=2021
-  _globals['_APIKEYSERVICE']._serialized_end=3200
+  _globals['_CREATEAPIKEYRESPONSE']._serialized_end=933
+  _globals['_GETAPIKEYREQUEST']._serialized_start=935
+  _globals['_GETAPIKEYREQUEST']._serialized_end=998
+  _globals['_GETAPIKEYRESPONSE']._serialized_start=1000
+  _globals['_GETAPIKEYRESPONSE']._serialized_end=1063
+  _globals['_LISTAPIKEYSREQUEST']._serialized_start=1066
+  _globals['_LISTAPIKEYSREQUEST']._serialized_end=1242
+  _globals['_LISTAPIKEYSRESPONSE']._serialized_start=1244
+  _globals['_LISTAPIKEYSRESPONSE']._serialized_end=1335
+  _globals['_UPDATEAPIKEYREQUEST']._serialized_start=1338
+  _globals['_UPDATEAPIKEYREQUEST']._serialized_end=1497
+  _globals['_UPDATEAPIKEYRESPONSE']._serialized_start=1499
+  _globals['_UPDATEAPIKEYRESPONSE']._serialized_end=1565
+  _globals['_ROTATEAPIKEYREQUEST']._serialized_start=1567
+  _globals['_ROTATEAPIKEYREQUEST']._serialized_end=1677
+  _globals['_ROTATEAPIKEYRESPONSE']._serialized_start=1679
+  _globals['_ROTATEAPIKEYRESPONSE']._serialized_end=1766
+  _globals['_REVOKEAPIKEYREQUEST']._serialized_start=1768
+  _globals['_REVOKEAPIKEYREQUEST']._serialized_end=1834
+  _globals['_REVOKEAPIKEYRESPONSE']._serialized_start=1836
+  _globals['_REVOKEAPIKEYRESPONSE']._serialized_end=1902
+  _globals['_APIKEYSERVICE']._serialized_start=2031
+  _globals['_APIKEYSERVICE']._serialized_end=3210
 # @@protoc_insertion_point(module_scope)

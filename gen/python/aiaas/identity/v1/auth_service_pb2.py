@@ -26,7 +26,7 @@ from aiaas.type.v1 import options_pb2 as aiaas_dot_type_dot_v1_dot_options__pb2
 from aiaas.type.v1 import principal_pb2 as aiaas_dot_type_dot_v1_dot_principal__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$aiaas/identity/v1/auth_service.proto\x12\x11\x61iaas.identity.v1\x1a\x1b\x61iaas/type/v1/options.proto\x1a\x1d\x61iaas/type/v1/principal.proto\")\n\x13\x41uthenticateRequest\x12\x12\n\ncredential\x18\x01 \x01(\t\"C\n\x14\x41uthenticateResponse\x12+\n\tprincipal\x18\x01 \x01(\x0b\x32\x18.aiaas.type.v1.Principal\"1\n\x17WatchRevocationsRequest\x12\x16\n\x0e\x61\x66ter_revision\x18\x01 \x01(\x03\"\xac\x01\n\x18WatchRevocationsResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x14\n\napi_key_id\x18\x02 \x01(\tH\x00\x12\x11\n\x07user_id\x18\x03 \x01(\tH\x00\x12\x1c\n\x12service_account_id\x18\x04 \x01(\tH\x00\x12\x19\n\x0forganization_id\x18\x05 \x01(\tH\x00\x12\x11\n\x07role_id\x18\x06 \x01(\tH\x00\x42\t\n\x07subject\"\x1c\n\x1aGetCurrentPrincipalRequest\"J\n\x1bGetCurrentPrincipalResponse\x12+\n\tprincipal\x18\x01 \x01(\x0b\x32\x18.aiaas.type.v1.Principal2\x98\x03\n\x0b\x41uthService\x12o\n\x0c\x41uthenticate\x12&.aiaas.identity.v1.AuthenticateRequest\x1a\'.aiaas.identity.v1.AuthenticateResponse\"\x0e\x90\x02\x01\xaa\xd4\x18\x07 \x01\x32\x03\x02\x03\x04\x12z\n\x10WatchRevocations\x12*.aiaas.identity.v1.WatchRevocationsRequest\x1a+.aiaas.identity.v1.WatchRevocationsResponse\"\x0b\xaa\xd4\x18\x07 \x01\x32\x03\x02\x03\x04\x30\x01\x12\x9b\x01\n\x13GetCurrentPrincipal\x12-.aiaas.identity.v1.GetCurrentPrincipalRequest\x1a..aiaas.identity.v1.GetCurrentPrincipalResponse\"%\x90\x02\x01\xaa\xd4\x18\x1e\x18\x01*\x1a\n\x03GET\x12\x13/admin/v1/principalb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$aiaas/identity/v1/auth_service.proto\x12\x11\x61iaas.identity.v1\x1a\x1b\x61iaas/type/v1/options.proto\x1a\x1d\x61iaas/type/v1/principal.proto\")\n\x13\x41uthenticateRequest\x12\x12\n\ncredential\x18\x01 \x01(\t\"C\n\x14\x41uthenticateResponse\x12+\n\tprincipal\x18\x01 \x01(\x0b\x32\x18.aiaas.type.v1.Principal\"1\n\x17WatchRevocationsRequest\x12\x16\n\x0e\x61\x66ter_revision\x18\x01 \x01(\x03\"\xac\x01\n\x18WatchRevocationsResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x14\n\napi_key_id\x18\x02 \x01(\tH\x00\x12\x11\n\x07user_id\x18\x03 \x01(\tH\x00\x12\x1c\n\x12service_account_id\x18\x04 \x01(\tH\x00\x12\x19\n\x0forganization_id\x18\x05 \x01(\tH\x00\x12\x11\n\x07role_id\x18\x06 \x01(\tH\x00\x42\t\n\x07subject\"\x1c\n\x1aGetCurrentPrincipalRequest\"\xb1\x01\n\x1bGetCurrentPrincipalResponse\x12+\n\tprincipal\x18\x01 \x01(\x0b\x32\x18.aiaas.type.v1.Principal\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\r\n\x05\x65mail\x18\x03 \x01(\t\x12!\n\x19organization_display_name\x18\x04 \x01(\t\x12\x1d\n\x15mfa_enrollment_needed\x18\x05 \x01(\x08\x32\x98\x03\n\x0b\x41uthService\x12o\n\x0c\x41uthenticate\x12&.aiaas.identity.v1.AuthenticateRequest\x1a\'.aiaas.identity.v1.AuthenticateResponse\"\x0e\x90\x02\x01\xaa\xd4\x18\x07 \x01\x32\x03\x02\x03\x04\x12z\n\x10WatchRevocations\x12*.aiaas.identity.v1.WatchRevocationsRequest\x1a+.aiaas.identity.v1.WatchRevocationsResponse\"\x0b\xaa\xd4\x18\x07 \x01\x32\x03\x02\x03\x04\x30\x01\x12\x9b\x01\n\x13GetCurrentPrincipal\x12-.aiaas.identity.v1.GetCurrentPrincipalRequest\x1a..aiaas.identity.v1.GetCurrentPrincipalResponse\"%\x90\x02\x01\xaa\xd4\x18\x1e\x18\x01*\x1a\n\x03GET\x12\x13/admin/v1/principalb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -49,8 +49,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHREVOCATIONSRESPONSE']._serialized_end=455
   _globals['_GETCURRENTPRINCIPALREQUEST']._serialized_start=457
   _globals['_GETCURRENTPRINCIPALREQUEST']._serialized_end=485
-  _globals['_GETCURRENTPRINCIPALRESPONSE']._serialized_start=487
-  _globals['_GETCURRENTPRINCIPALRESPONSE']._serialized_end=561
-  _globals['_AUTHSERVICE']._serialized_start=564
-  _globals['_AUTHSERVICE']._serialized_end=972
+  _globals['_GETCURRENTPRINCIPALRESPONSE']._serialized_start=488
+  _globals['_GETCURRENTPRINCIPALRESPONSE']._serialized_end=665
+  _globals['_AUTHSERVICE']._serialized_start=668
+  _globals['_AUTHSERVICE']._serialized_end=1076
 # @@protoc_insertion_point(module_scope)

@@ -153,6 +153,18 @@ class GetCurrentPrincipalResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PRINCIPAL_FIELD_NUMBER: _builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    EMAIL_FIELD_NUMBER: _builtins.int
+    ORGANIZATION_DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    MFA_ENROLLMENT_NEEDED_FIELD_NUMBER: _builtins.int
+    display_name: _builtins.str
+    """The user's name for people; for a session alone, as a program knows only what it was allowed to."""
+    email: _builtins.str
+    """The user's address; for a session alone."""
+    organization_display_name: _builtins.str
+    """The organization's name for people; for a session alone."""
+    mfa_enrollment_needed: _builtins.bool
+    """Whether nothing but setting up MFA is answered; for a session alone."""
     @_builtins.property
     def principal(self) -> _principal_pb2.Principal:
         """The principal."""
@@ -161,10 +173,14 @@ class GetCurrentPrincipalResponse(_message.Message):
         self,
         *,
         principal: _principal_pb2.Principal | None = ...,
+        display_name: _builtins.str = ...,
+        email: _builtins.str = ...,
+        organization_display_name: _builtins.str = ...,
+        mfa_enrollment_needed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["principal", b"principal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["principal", b"principal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["display_name", b"display_name", "email", b"email", "mfa_enrollment_needed", b"mfa_enrollment_needed", "organization_display_name", b"organization_display_name", "principal", b"principal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -243,22 +243,26 @@ class OauthSignInNeeded(_message.Message):
     CLIENT_DISPLAY_NAME_FIELD_NUMBER: _builtins.int
     LOGIN_HINT_FIELD_NUMBER: _builtins.int
     REAUTHENTICATE_FIELD_NUMBER: _builtins.int
+    ORGANIZATION_ID_FIELD_NUMBER: _builtins.int
     client_display_name: _builtins.str
     """For whom."""
     login_hint: _builtins.str
     """The address that the client expects; may be empty."""
     reauthenticate: _builtins.bool
     """Whether to ask even a user who is signed in."""
+    organization_id: _builtins.str
+    """The client's organization, in which to sign in."""
     def __init__(
         self,
         *,
         client_display_name: _builtins.str = ...,
         login_hint: _builtins.str = ...,
         reauthenticate: _builtins.bool = ...,
+        organization_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_display_name", b"client_display_name", "login_hint", b"login_hint", "reauthenticate", b"reauthenticate"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_display_name", b"client_display_name", "login_hint", b"login_hint", "organization_id", b"organization_id", "reauthenticate", b"reauthenticate"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
