@@ -50,6 +50,20 @@ class AnalyticsConfig:
         "whether webhooks may lead into private networks, and be http; only where everybody may reach these anyway",
         default=False,
     )
+    s3_url: str = setting(
+        "AIAAS_ANALYTICS_S3_URL",
+        "http(s)://host of object storage that speaks S3, where exports go and are fetched from; without it none are"
+        " made",
+        default="",
+    )
+    s3_bucket: str = setting("AIAAS_ANALYTICS_S3_BUCKET", "the bucket of exports", default="aiaas")
+    s3_region: str = setting(
+        "AIAAS_ANALYTICS_S3_REGION", "the region that requests are signed for", default="us-east-1"
+    )
+    s3_access_key: str = setting("AIAAS_ANALYTICS_S3_ACCESS_KEY", "the id of the key to the bucket", default="")
+    s3_secret_key: str = setting(
+        "AIAAS_ANALYTICS_S3_SECRET_KEY", "the secret of the key to the bucket", default="", secret=True
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = setting(
         "AIAAS_LOG_LEVEL", "least severe log records that are written", default="INFO"
     )

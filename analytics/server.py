@@ -7,6 +7,8 @@ import secrets
 from aiaas.analytics.v1 import (
     event_service_pb2,
     event_service_pb2_grpc,
+    export_service_pb2,
+    export_service_pb2_grpc,
     reconciliation_service_pb2,
     reconciliation_service_pb2_grpc,
     usage_service_pb2,
@@ -31,7 +33,11 @@ from analytics.consumer import Consumer
 from analytics.event_retention import keep_clean
 from analytics.event_service import EventService
 from analytics.event_store import EventStore
+from analytics.export_service import ExportService
+from analytics.export_store import ExportStore
+from analytics.exporter import Exporter
 from analytics.freshness import Marks
+from analytics.object_storage import Storage
 from analytics.partitions import keep_partitions
 from analytics.platform_events import EventConsumer
 from analytics.reconciler import Reconciler
@@ -124,6 +130,9 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
             wake=sender.wake,
         )
 
+        exports, storage = ExportStore(database), storage_of(config)
+        exporter = Exporter(exports, storage, clock) if storage else None
+
         grpc_server = GrpcServer(
             config.grpc_address,
             [
@@ -147,6 +156,11 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
                     reconciliation_service_pb2_grpc.add_ReconciliationServiceServicer_to_server,
                     ReconciliationService(reconciliations, reconciler, clock),
                 ),
+                (
+                    export_service_pb2.DESCRIPTOR.services_by_name["ExportService"],
+                    export_service_pb2_grpc.add_ExportServiceServicer_to_server,
+                    ExportService(exports, storage, exporter, clock),
+                ),
             ],
             chain(authenticator, signatures=signatures, decider=decider, traced=config.otlp_endpoint is not None),
             reflect=config.reflection,
@@ -168,6 +182,8 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
                 tasks.create_task(listen(redis, authenticator), name="revocations"),
                 tasks.create_task(watch(identity_auth, authenticator), name="watched revocations"),
             ]
+            if exporter is not None:
+                background.append(tasks.create_task(exporter.run(), name="exporter"))
             await ops_server.start()
             try:
                 await grpc_server.start()
@@ -177,3 +193,10 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
                 await ops_server.stop()
                 for task in background:
                     task.cancel()
+
+
+def storage_of(config: AnalyticsConfig) -> Storage | None:
+    """Where exports go; None where there is no object storage."""
+    if not config.s3_url:
+        return None
+    return Storage(config.s3_url, config.s3_bucket, config.s3_region, config.s3_access_key, config.s3_secret_key)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import date, datetime
-from typing import Any
 
 import asyncpg
 
 from aiaas.analytics.v1.usage_service_pb2 import UsageDimension
+from analytics.conditions import Conditions
 from analytics.events import Event
-from analytics.usage import Bucket, BucketPlace, Filter, Record, RecordQuery, Totals, UsageQuery
+from analytics.usage import Bucket, BucketPlace, Record, RecordQuery, Totals, UsageQuery
 from mesh.database import Database
 
 # One statement, so that an event and its share of the sums appear together or not at all. Only rows that were really
@@ -109,7 +109,7 @@ class UsageStore:
 
     async def query_usage(self, query: UsageQuery) -> tuple[list[Bucket], Totals]:
         """Buckets in the order of time, then group, at most one more than the page holds, and the sums over all."""
-        where = _Conditions()
+        where = Conditions()
         edges = where.parameter(query.edges[:-1])
         where.add("organization_id = {}", query.organization_id)
         where.add("hour >= {}", query.edges[0])
@@ -140,7 +140,7 @@ class UsageStore:
 
     async def list_records(self, query: RecordQuery) -> list[Record]:
         """Single requests, newest first, at most one more than the page holds."""
-        where = _Conditions()
+        where = Conditions()
         where.add("organization_id = {}", query.organization_id)
         where.add("admit_time >= {}", query.start_time)
         where.add("admit_time < {}", query.end_time)
@@ -185,37 +185,3 @@ class UsageStore:
         """Make the partition of one day in UTC; returns whether it was missing."""
         missing: bool = await self._database.fetchval("SELECT ensure_usage_events_partition($1)", day)
         return missing
-
-
-class _Conditions:
-    """The conditions of a WHERE and the values of its parameters."""
-
-    def __init__(self) -> None:
-        self.parameters: list[Any] = []
-        self._conditions: list[str] = []
-
-    def __str__(self) -> str:
-        return " AND ".join(self._conditions)
-
-    def parameter(self, value: Any) -> str:
-        """The placeholder of a value."""
-        self.parameters.append(value)
-        return f"${len(self.parameters)}"
-
-    def add(self, condition: str, *values: Any) -> None:
-        """A condition whose {} stand for values."""
-        self._conditions.append(condition.format(*map(self.parameter, values)))
-
-    def add_filter(self, usage_filter: Filter) -> None:
-        """The conditions of a filter."""
-        for column, values in (
-            ("api_key_id", usage_filter.api_key_ids),
-            ("user_id", usage_filter.user_ids),
-            ("service_account_id", usage_filter.service_account_ids),
-            ("model", usage_filter.models),
-            ("backend_id", usage_filter.backend_ids),
-            ("endpoint", usage_filter.endpoints),
-            ("outcome", usage_filter.outcomes),
-        ):
-            if values:
-                self.add(f"{column} = ANY({{}})", values)

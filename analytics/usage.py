@@ -145,7 +145,7 @@ def read_usage_query(request: usage_service_pb2.QueryUsageRequest, now: datetime
         organization_id=_text(request.organization_id, "organization_id"),
         edges=edges,
         group_by=group_by,
-        filter=_filter(request.filter),
+        filter=read_filter(request.filter),
         page_size=pages.read_page_size(request.page_size, BUCKETS, BUCKETS_MOST),
         after=after,
     )
@@ -164,7 +164,7 @@ def read_record_query(request: usage_service_pb2.ListUsageRecordsRequest, now: d
         organization_id=_text(request.organization_id, "organization_id"),
         start_time=start,
         end_time=end,
-        filter=_filter(request.filter),
+        filter=read_filter(request.filter),
         request_id=_text(request.request_id, "request_id"),
         page_size=pages.read_page_size(request.page_size),
         after=after,
@@ -248,7 +248,8 @@ def _zone(request: usage_service_pb2.QueryUsageRequest) -> zoneinfo.ZoneInfo:
     return zoneinfo.ZoneInfo(name)
 
 
-def _filter(message: usage_service_pb2.UsageFilter) -> Filter:
+def read_filter(message: usage_service_pb2.UsageFilter) -> Filter:
+    """Which usage a request asks for. Raises PlatformError(INVALID_ARGUMENT) naming the field."""
     return Filter(
         api_key_ids=_texts(message.api_key_ids, "filter.api_key_ids"),
         user_ids=_texts(message.user_ids, "filter.user_ids"),
@@ -257,6 +258,19 @@ def _filter(message: usage_service_pb2.UsageFilter) -> Filter:
         backend_ids=_texts(message.backend_ids, "filter.backend_ids"),
         endpoints=_numbers(message.endpoints, _ENDPOINTS, "filter.endpoints"),
         outcomes=_numbers(message.outcomes, _OUTCOMES, "filter.outcomes"),
+    )
+
+
+def filter_message(usage_filter: Filter) -> usage_service_pb2.UsageFilter:
+    """A filter as it travels."""
+    return usage_service_pb2.UsageFilter(
+        api_key_ids=usage_filter.api_key_ids,
+        user_ids=usage_filter.user_ids,
+        service_account_ids=usage_filter.service_account_ids,
+        models=usage_filter.models,
+        backend_ids=usage_filter.backend_ids,
+        endpoints=usage_filter.endpoints,  # type: ignore[arg-type]
+        outcomes=usage_filter.outcomes,  # type: ignore[arg-type]
     )
 
 

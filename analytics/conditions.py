@@ -1,0 +1,41 @@
+"""The WHERE of a question about usage, as conditions and parameters; values never become part of a statement."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from analytics.usage import Filter
+
+
+class Conditions:
+    """The conditions of a WHERE and the values of its parameters."""
+
+    def __init__(self) -> None:
+        self.parameters: list[Any] = []
+        self._conditions: list[str] = []
+
+    def __str__(self) -> str:
+        return " AND ".join(self._conditions)
+
+    def parameter(self, value: Any) -> str:
+        """The placeholder of a value."""
+        self.parameters.append(value)
+        return f"${len(self.parameters)}"
+
+    def add(self, condition: str, *values: Any) -> None:
+        """A condition whose {} stand for values."""
+        self._conditions.append(condition.format(*map(self.parameter, values)))
+
+    def add_filter(self, usage_filter: Filter) -> None:
+        """The conditions of a filter."""
+        for column, values in (
+            ("api_key_id", usage_filter.api_key_ids),
+            ("user_id", usage_filter.user_ids),
+            ("service_account_id", usage_filter.service_account_ids),
+            ("model", usage_filter.models),
+            ("backend_id", usage_filter.backend_ids),
+            ("endpoint", usage_filter.endpoints),
+            ("outcome", usage_filter.outcomes),
+        ):
+            if values:
+                self.add(f"{column} = ANY({{}})", values)
