@@ -24,10 +24,11 @@ are base64. A field that is unknown, or of another type, is refused and named.
 **Pages.** A list takes `page_size` and `page_token`; its `next_page_token` is empty on the last page.
 
 **Changes.** A PATCH changes the fields that its body has, `null` ones are cleared; `update_mask` names other ones. With
-`If-Match`, or the resource's `etag`, it changes only what you saw. An `Idempotency-Key` makes a repeat safe.
+`If-Match`, or the resource's `etag`, it changes only what you saw. An `Idempotency-Key` makes a repeat safe
+where an operation names it; a POST that does not refuses it, and all else does the same however often it is sent.
 
 **Errors** under /admin and /analytics are those of AIP-193, under /v1 those of OpenAI, under /oauth2 those of RFC 6749.
-Every answer has an `X-Request-Id`."""
+All fields that are wrong are named at once. Every answer has an `X-Request-Id`."""
 
 _ERROR: Schema = {
     "type": "object",
