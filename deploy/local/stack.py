@@ -216,6 +216,10 @@ class _Composition:
                 # It asks routers once an hour, and starts without them.
                 "AIAAS_ANALYTICS_ROUTER_TARGET": self.grpc["router"],
                 "AIAAS_ANALYTICS_SECRET_KEY": self.state.key("analytics"),
+                "AIAAS_ANALYTICS_S3_URL": self.seaweedfs.url,
+                "AIAAS_ANALYTICS_S3_BUCKET": self.seaweedfs.bucket,
+                "AIAAS_ANALYTICS_S3_ACCESS_KEY": self.seaweedfs.access_key,
+                "AIAAS_ANALYTICS_S3_SECRET_KEY": self.seaweedfs.secret_key,
                 # Whoever tries webhooks here receives them here.
                 "AIAAS_ANALYTICS_WEBHOOK_ALLOW_PRIVATE": "true",
             }
