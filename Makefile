@@ -1,6 +1,6 @@
 # Everything a person or CI runs. `make up` and `make test` need nothing installed before.
 .DEFAULT_GOAL := help
-.PHONY: help up test test-one-process test-vllm check generate lock bench bench-guard bench-engine bench-identity bench-revocations soak money money-switches
+.PHONY: help up test test-one-process test-go test-vllm check generate docs lock bench bench-guard bench-engine bench-identity bench-revocations bench-exports bench-cli soak money money-switches
 
 PYTHON := .venv/bin/python
 BIN := .venv/bin
@@ -8,7 +8,7 @@ BIN := .venv/bin
 CONTRACT_BASE ?= $(shell git rev-parse -q --verify origin/main || git rev-parse HEAD)
 # Tests start servers from processes that use gRPC, whose own handling of forks may crash such a child before it runs.
 export GRPC_ENABLE_FORK_SUPPORT := 0
-CODE := mesh identity router analytics edge gateway deploy tests
+CODE := mesh identity router analytics edge gateway deploy cli sdk/python tests
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -25,11 +25,15 @@ test-one-process: ## The end-to-end tests with the edge and the router in one pr
 	@deploy/local/bootstrap.sh test
 	ONE_PROCESS=1 $(BIN)/pytest tests/e2e
 
+test-go: ## Go stubs and their example (Go 1.19 and its gRPC from Debian, 95 MB)
+	@deploy/local/bootstrap.sh go
+	SDK_GO=1 $(BIN)/pytest tests/e2e/test_sdk_go.py
+
 test-vllm: ## The end-to-end tests against two real vLLM replicas
 	@deploy/local/bootstrap.sh vllm
 	ENGINE=vllm $(BIN)/pytest tests/e2e
 
-check: ## Formatting, lint, types, import walls, contracts, generated files
+check: ## Formatting, lint, types, import walls, contracts, generated files, documentation
 	@deploy/local/bootstrap.sh test
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/ruff check $(CODE)
@@ -39,6 +43,7 @@ check: ## Formatting, lint, types, import walls, contracts, generated files
 	$(BIN)/buf format --exit-code >/dev/null
 	proto/generate.sh --check
 	$(BIN)/buf breaking --against '.git#ref=$(CONTRACT_BASE)'
+	$(BIN)/mkdocs build --strict --site-dir .venv/site
 
 bench: ## Measure ours beside other gateways (ROUNDS=5, TARGETS=aiaas,nginx, TESTS=unary,s200); see docs/benchmark.md
 	@deploy/local/bootstrap.sh up
@@ -52,6 +57,10 @@ bench-engine: ## What we add to real vLLM (AIAAS_VLLM_PYTHON=... where it is ins
 	@deploy/local/bootstrap.sh vllm
 	@$(PYTHON) -m tests.load.engine
 
+bench-cli: ## How long `aiaas --help` takes (RUNS=20); fails above 300 ms
+	@deploy/local/bootstrap.sh up
+	@$(PYTHON) -m tests.load.command_line
+
 soak: ## 1,000 streams for ten minutes (DURATION_S=600), slow readers among them, then a router that is killed
 	@deploy/local/bootstrap.sh up
 	@$(PYTHON) -m tests.load.soak
@@ -64,6 +73,10 @@ bench-revocations: ## How long two routers still let revoked keys in, and let th
 	@deploy/local/bootstrap.sh up
 	@$(PYTHON) -m tests.load.revocations
 
+bench-exports: ## A month of one organization as CSV and Parquet (ROWS=1000000)
+	@deploy/local/bootstrap.sh up
+	@$(PYTHON) -m tests.load.exports
+
 money: ## Kill every part while money moves, then hold all books against each other (LINES=router,redis, LONG=1, SEED=7)
 	@deploy/local/bootstrap.sh up
 	@$(PYTHON) -m tests.money
@@ -72,8 +85,13 @@ money-switches: ## Take one protection away after the other, which `make money` 
 	@deploy/local/bootstrap.sh up
 	@$(PYTHON) -m tests.money switches
 
-generate: ## Make gen/ from proto/
+generate: ## Make gen/ from proto/, and docs/reference from that and the code
+	@deploy/local/bootstrap.sh test
 	proto/generate.sh
+
+docs: ## Build the documentation into site/; a broken link fails
+	@deploy/local/bootstrap.sh test
+	$(BIN)/mkdocs build --strict
 
 lock: ## Pin every dependency with its hashes
 	deploy/locks/lock.sh

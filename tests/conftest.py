@@ -16,7 +16,7 @@ import pytest
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from redis.asyncio import Redis
 
-from deploy.local.servers import Postgres, RabbitMQ, Valkey
+from deploy.local.servers import Postgres, RabbitMQ, SeaweedFS, Valkey
 from deploy.local.state import State
 from deploy.local.supervisor import Supervisor
 from mesh.migrate import migrate
@@ -30,8 +30,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keeps together what shares a slow server (with --dist loadgroup)."""
     for item in items:
         groups = {group for fixture, group in _GROUPS.items() if fixture in getattr(item, "fixturenames", ())}
-        if item.path.parent.name == "local":
-            groups.add("local")
+        if item.path.parent.name in ("local", "security"):
+            groups.add(item.path.parent.name)
         for group in groups:
             item.add_marker(pytest.mark.xdist_group(group))
 
@@ -45,16 +45,17 @@ class Servers:
     postgres: Postgres
     valkey: Valkey
     rabbitmq: RabbitMQ
+    seaweedfs: SeaweedFS
     started: set[str] = field(default_factory=set)
     templates: set[str] = field(default_factory=set)
 
-    def start(self, server: Postgres | Valkey | RabbitMQ) -> None:
+    def start(self, server: Postgres | Valkey | RabbitMQ | SeaweedFS) -> None:
         """Starts a server that nobody has asked for yet."""
         if server.name not in self.started:
             self.portal.call(server.start, self.supervisor)
             self.started.add(server.name)
 
-    def pid(self, server: Postgres | Valkey | RabbitMQ) -> int:
+    def pid(self, server: Postgres | Valkey | RabbitMQ | SeaweedFS) -> int:
         """The process of a server that runs; it is started again when a test kills it."""
         pid = self.supervisor.pid(server.name)
         assert pid is not None
@@ -89,7 +90,7 @@ class Servers:
             self.templates.add(name)
         return name
 
-    async def ready(self, server: Postgres | Valkey | RabbitMQ) -> None:
+    async def ready(self, server: Postgres | Valkey | RabbitMQ | SeaweedFS) -> None:
         """Returns once a server answers."""
         future = self.portal.start_task_soon(self.supervisor.ready, server.name)
         await asyncio.wrap_future(future)
@@ -102,7 +103,7 @@ def servers() -> Iterator[Servers]:
         start_blocking_portal() as portal,
         portal.wrap_async_context_manager(Supervisor(state)) as supervisor,
     ):
-        yield Servers(portal, supervisor, Postgres(state), Valkey(state), RabbitMQ(state))
+        yield Servers(portal, supervisor, Postgres(state), Valkey(state), RabbitMQ(state), SeaweedFS(state))
 
 
 @pytest.fixture
@@ -135,3 +136,11 @@ async def amqp_url(servers: Servers) -> str:
             await channel.queue_delete(queue.dead_name)
             await channel.exchange_delete(queue.exchange)
     return servers.rabbitmq.url
+
+
+@pytest.fixture
+async def seaweedfs(servers: Servers) -> SeaweedFS:
+    """Object storage with one bucket, which tests share."""
+    servers.start(servers.seaweedfs)
+    await servers.ready(servers.seaweedfs)
+    return servers.seaweedfs

@@ -21,7 +21,7 @@ from aiaas.router.v1.inference_service_pb2 import InferRequest, InferResponse
 from aiaas.router.v1.model_service_pb2 import DeleteModelRequest, GetModelRequest, GetModelResponse, Model
 from mesh import context
 from mesh.channel import connect, service_config
-from mesh.errors import PlatformError, Reason
+from mesh.errors import PlatformError, Reason, from_rpc_error
 from mesh.server import AddressInUseError, GrpcServer
 from tests.integration.mesh.harness import INFERENCE, MODELS, Client, bearer, error_of, server, serving, until
 
@@ -118,6 +118,7 @@ async def test_reflection_lists_the_services_where_it_is_wanted(address: str, re
             with pytest.raises(grpc.aio.AioRpcError) as missing:
                 await call.read()
             assert missing.value.code() is grpc.StatusCode.UNIMPLEMENTED
+            assert from_rpc_error(missing.value).reason is Reason.UNIMPLEMENTED
             return
         answer = await call.read()
         listed = {service.name for service in answer.list_services_response.service}
