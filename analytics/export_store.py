@@ -201,9 +201,13 @@ class ExportStore:
         )
 
     async def fail(self, export: StoredExport, reason: str, now: datetime) -> None:
-        """It ended without a file."""
+        """It ended without a file; what there may be of it in storage is to go."""
         await self._change(
-            export, "state = 4, failure_reason = $4, finish_time = $5, lease_end_time = NULL", reason, now
+            export,
+            "state = 4, failure_reason = $4, finish_time = $5, lease_end_time = NULL, is_leftover = true,"
+            " due_time = $5",
+            reason,
+            now,
         )
 
     async def postpone(self, export: StoredExport, due_time: datetime) -> None:
@@ -277,12 +281,12 @@ class ExportStore:
         )
         return None if row is None else Schedule(*row)
 
-    async def due_schedules(self, now: datetime) -> list[Schedule]:
-        """The schedules whose time has come."""
+    async def due_schedules(self, now: datetime) -> list[tuple[Schedule, datetime]]:
+        """The schedules whose time has come, each with that time."""
         rows = await self._database.fetch(
             f"SELECT {_SCHEDULE} FROM export_schedules WHERE enabled AND next_run_time <= $1 LIMIT 100", now
         )
-        return [Schedule(*row) for row in rows]
+        return [(schedule, schedule.next_run_time) for row in rows if (schedule := Schedule(*row)).next_run_time]
 
     async def ran(self, schedule: Schedule, export_id: str, next_run_time: datetime) -> None:
         """A schedule's export is made."""

@@ -18,7 +18,7 @@ from aiaas.analytics.v1.export_service_pb2 import ExportCompression, ExportForma
 from analytics import metrics
 from analytics.export_files import file_for
 from analytics.export_store import ExportStore
-from analytics.exports import KEPT, StoredExport, Wanted, month_before, next_run
+from analytics.exports import KEPT, StoredExport, Wanted, month_before, run_after
 from analytics.object_storage import Storage, StorageAwayError, StorageRefusedError
 from analytics.usage import Filter
 from mesh.clock import Clock
@@ -94,6 +94,10 @@ class Exporter:
                 return
             logger.warning("export %s is tried again: %s", export.export_id, type(error).__name__)
             await self._store.postpone(export, self._clock.now() + _PAUSE * 2 ** (export.attempts - 1))
+        except Exception:
+            # One export that cannot be written, for whatever reason, must not end the process that counts usage.
+            logger.exception("export %s broke", export.export_id)
+            await self._fail(export, "internal")
         else:
             metrics.EXPORTS.labels("succeeded").inc()
 
@@ -147,10 +151,10 @@ class Exporter:
                 await self._store.cleared(export)
 
     async def _schedule(self) -> None:
-        """Make the exports of the month that is over."""
+        """Make the exports of months that are over; of each in its turn, where several were missed."""
         now = self._clock.now()
-        for schedule in await self._store.due_schedules(now):
-            start, end = month_before(now)
+        for schedule, run_time in await self._store.due_schedules(now):
+            start, end = month_before(run_time)
             wanted = Wanted(schedule.granularity, schedule.format, schedule.compression, start, end, Filter())
             try:
                 # By this name it is made once, whoever comes first.
@@ -158,7 +162,7 @@ class Exporter:
             except PlatformError as error:
                 logger.warning("the monthly export of %s waits: %s", schedule.organization_id, error.reason.value)
                 continue
-            await self._store.ran(schedule, made.export_id, next_run(now))
+            await self._store.ran(schedule, made.export_id, run_after(run_time))
 
 
 def _percent(wanted: Wanted, reached: datetime) -> int:

@@ -198,7 +198,12 @@ def next_run(now: datetime) -> datetime:
     """When the month that runs is exported: hours after its end, as the last events take their time."""
     _, month_start = month_before(now)
     run = month_start.replace(hour=_SCHEDULE_HOUR)
-    return run if now < run else (month_start + timedelta(days=32)).replace(day=1, hour=_SCHEDULE_HOUR)
+    return run if now < run else run_after(run)
+
+
+def run_after(run: datetime) -> datetime:
+    """The run of the month after that of `run`."""
+    return (run + timedelta(days=32)).replace(day=1)
 
 
 def raw_row(admit_time: datetime, event: bytes) -> Row:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import Awaitable, Iterator
 from datetime import timedelta
-from typing import Protocol
 
 import obstore
 from obstore.exceptions import (
@@ -28,13 +27,6 @@ class StorageAwayError(Exception):
     """Storage does not answer, or cannot do it now."""
 
 
-class Writing(Protocol):
-    """A file that grows in storage."""
-
-    async def write(self, data: bytes) -> None:
-        """Add to it; waits while too much is on its way. Raises StorageRefusedError, StorageAwayError."""
-
-
 class Storage:
     """One bucket."""
 
@@ -50,16 +42,13 @@ class Storage:
             retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=30)},
         )
 
-    @contextlib.asynccontextmanager
-    async def writing(self, key: str) -> AsyncIterator[Writing]:
+    def writing(self, key: str) -> Upload:
         """A new file, there as a whole at the end of the block and not at all if that raises.
 
         Uploaded in parts of 8 MiB, of which two are on their way at most, so memory stays bounded. Raises
         StorageRefusedError, StorageAwayError.
         """
-        upload = _Upload(self._store, key)
-        async with upload:
-            yield upload
+        return Upload(self._store, key)
 
     async def put(self, key: str, data: bytes) -> None:
         """A small file. Raises StorageRefusedError, StorageAwayError."""
@@ -79,13 +68,15 @@ class Storage:
         return address
 
 
-class _Upload:
+class Upload:
+    """A file that grows in storage."""
+
     def __init__(self, store: S3Store, key: str) -> None:
         self._store = store
         self._key = key
         self._writer = obstore.open_writer_async(store, key, buffer_size=_PART_BYTES, max_concurrency=_PARTS_AT_ONCE)
 
-    async def __aenter__(self) -> _Upload:
+    async def __aenter__(self) -> Upload:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -94,6 +85,7 @@ class _Upload:
             await self._do(self._writer.close())
 
     async def write(self, data: bytes) -> None:
+        """Add to it; waits while too much is on its way. Raises StorageRefusedError, StorageAwayError."""
         if data:
             await self._do(self._writer.write(data))
 

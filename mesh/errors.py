@@ -6,7 +6,6 @@ is Google's AIP-193.
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from google.protobuf import duration_pb2, json_format
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
+from mesh.telemetry import CREDENTIAL, REDACTED
+
 DOMAIN = "aiaas"
 """The ErrorInfo domain of every error this platform makes."""
 
@@ -30,8 +31,7 @@ _VIOLATIONS_LENGTH = 3072
 
 MOST_VIOLATIONS = 50
 """How many wrong fields are looked for: a request may be made of nothing else."""
-# What gives itself away by its form (mesh.telemetry has the rest): the platform's tokens, OpenAI's, webhooks' and JWTs.
-_CREDENTIAL = re.compile(r"ai[a-z]{2}_[a-z]+_\w{20,}|\bsk-[\w-]{16,}|\bwhsec_[\w+/=-]{16,}|\beyJ[\w-]+\.[\w-]+\.[\w-]+")
+# No credential is shorter.
 _LEAST_CREDENTIAL = 20
 
 
@@ -412,7 +412,7 @@ def _clean(text: str, length: int) -> str:
     """
     text = str(text)
     if len(text) >= _LEAST_CREDENTIAL:
-        text = _CREDENTIAL.sub("[redacted]", text)
+        text = CREDENTIAL.sub(REDACTED, text)
     return text[:length].encode("utf-8", "replace").decode("utf-8")
 
 

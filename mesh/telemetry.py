@@ -17,6 +17,9 @@ from mesh import context
 
 REDACTED = "[redacted]"
 
+CREDENTIAL = re.compile(r"ai[a-z]{2}_[a-z]+_\w{20,}|\bsk-[\w-]{16,}|\bwhsec_[\w+/=-]{16,}|\beyJ[\w-]+\.[\w-]+\.[\w-]+")
+"""A whole credential in a text, by its form alone: the platform's tokens, OpenAI's, webhooks' secrets and JWTs."""
+
 _TEXT_LENGTH = 32_768
 _DEPTH = 8
 

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Makes a bare Debian machine ready for `make up`, `make test`, `make test-vllm` or `make test-go`: system packages, RabbitMQ, virtual
-# environments, for tests the TypeScript SDK's packages, every dependency pinned by hash. Never starts a service, never
-# installs what is there already.
+# Makes a bare Debian machine ready for `make up`, `make test`, `make test-vllm` or `make test-go`: system packages,
+# virtual environments and, for tests, the TypeScript SDK's packages, every dependency pinned by hash. Never starts a
+# service, never installs what is there already.
 #   deploy/local/bootstrap.sh up|test|vllm|go
 # As root it installs system packages, as an ordinary user it unpacks them into .venv/system. AIAAS_PYTHON is the Python.
 set -eu
@@ -219,7 +219,7 @@ if [ "$1" = go ]; then
         tools="$tools golang-google-grpc-dev golang-github-golang-protobuf-1-5-dev"
 fi
 if [ "$services_current$vllm_current$checkov_current" = yesyesyes ] && [ -z "$missing$tools" ]; then
-[ "$1" = up ] || make_typescript_packages
+    [ "$1" = up ] || make_typescript_packages
     exit 0
 fi
 

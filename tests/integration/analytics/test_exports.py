@@ -354,6 +354,41 @@ async def test_month_is_exported_once_after_it_is_over(exports: Exports) -> None
     assert (await exports.refused(exports.stub.UpdateExportSchedule, request)).field == "export_schedule.etag"
 
 
+async def test_missed_months_are_exported_each(exports: Exports) -> None:
+    request = pb.UpdateExportScheduleRequest(organization_id="org_a", export_schedule=pb.ExportSchedule(enabled=True))
+    await exports.call(exports.stub.UpdateExportSchedule, request)
+    exports.clock.advance((datetime(2027, 2, 3, tzinfo=UTC) - exports.clock.now()).total_seconds())
+    while await exports.exporter.work():
+        pass
+    listed = await exports.call(exports.stub.ListExports, pb.ListExportsRequest(organization_id="org_a"))
+    months = sorted(made.start_time.ToDatetime(UTC) for made in listed.exports)
+    assert months == [
+        datetime(2026, 11, 1, tzinfo=UTC),
+        datetime(2026, 12, 1, tzinfo=UTC),
+        datetime(2027, 1, 1, tzinfo=UTC),
+    ]
+
+
+async def test_export_that_cannot_be_written_fails_alone(exports: Exports, database: Database) -> None:
+    await exports.count(usage_event())
+    await database.execute("UPDATE usage_events SET event = 'no message'")
+    broken = await exports.create()
+    assert await exports.exporter.work()
+    told = (await exports.get(broken)).export
+    assert (told.state, told.failure_reason) == (pb.EXPORT_STATE_FAILED, "internal")
+    await exports.made(granularity="HOURLY")
+
+
+async def test_failed_export_leaves_nothing_in_storage(exports: Exports) -> None:
+    await exports.create()
+    claimed = await exports.store.claim(exports.clock.now())
+    assert claimed is not None
+    await exports.storage.put(claimed.object_key, b"half")
+    await exports.store.fail(claimed, "too_slow", exports.clock.now())
+    await exports.exporter.work()
+    await fetched(await exports.storage.link(claimed.object_key, timedelta(minutes=1)), 404)
+
+
 async def test_repeated_order_is_one_export(exports: Exports) -> None:
     first, again = [await exports.create(request_id="once") for _ in range(2)]
     assert first == again
