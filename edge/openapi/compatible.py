@@ -212,17 +212,16 @@ def _reading(name: str, summary: str, answer: Schema, parameters: Iterable[str])
 
 
 def _oauth() -> dict[str, dict[str, Any]]:
-    needed = {
-        "description": "Whether the user has to sign in, or to be asked, first.",
-        "content": {"application/json": {"schema": _ANYTHING}},
-    }
-    sent = {"description": "To the client: a code, or an error that it may see."}
+    page = {"content": {"text/html": {"schema": _TEXT}}}
+    needed = page | {"description": "A page that asks the user for consent, or goes on to the client."}
+    wrong = page | {"description": "A page that says what is wrong, where the client may not hear of it."}
+    sent = {"description": "To the client with a code or an error that it may see, or to sign-in."}
     begun = [{"name": name, "in": "query", "schema": _TEXT} for name in _AUTHORIZE]
     ask = _oauth_operation("authorize", "Asks for an authorization code, with PKCE", needed, begun)
     choose = _oauth_operation("consent", "Says what the user chose", needed)
     choose["requestBody"] = _form((*_AUTHORIZE, "consent_token", "consent"))
     for operation in (ask, choose):
-        operation["responses"]["303"] = sent
+        operation["responses"] |= {"303": sent, "default": wrong}
         operation["security"] = [{}, {"bearer": []}]
     token = _oauth_operation("token", "Makes tokens", _answer("The tokens.", "OauthTokens"))
     token["requestBody"] = _form(_TOKEN)

@@ -11,7 +11,7 @@ import httpx
 from google.protobuf import json_format
 
 from deploy.local.stack import Stack
-from identity.roles import BUILT_IN, PLATFORM_ADMIN
+from identity.roles import BUILT_IN, OWNER, PLATFORM_ADMIN
 from mesh.ids import new_id
 from tests.security.calls import Answer, Caller, calling
 
@@ -36,10 +36,12 @@ REGO = "package aiaas.policy\n\nimport rego.v1\n\ndefault allow := true\n"
 
 @dataclass
 class Tenant:
-    """One organization. `ids` are of what it has, by the names of the fields that hold them."""
+    """One organization. `ids` are of what it has, by the names of the fields that hold them; `mark` is in what only its
+    own people may read."""
 
     organization_id: str
     ids: dict[str, str] = field(default_factory=dict)
+    mark: str = ""
 
 
 @dataclass
@@ -67,6 +69,14 @@ async def furnished(stack: Stack, caller: Caller) -> Tenant:
     return tenant
 
 
+async def owned(stack: Stack, caller: Caller) -> tuple[Tenant, str]:
+    """A new organization with one of everything, and an owner's key to all that a key may be for."""
+    builder = _Builder(stack, caller)
+    tenant = await builder.tenant("Owned")
+    await builder.furnish(tenant)
+    return tenant, await builder.key_of(tenant, OWNER)
+
+
 class _Builder:
     def __init__(self, stack: Stack, caller: Caller) -> None:
         self._stack = stack
@@ -85,10 +95,7 @@ class _Builder:
             "expired": expired,
         }
         for role_id in MEMBERS:
-            email = f"{role_id}@own.example"
-            user = await self._make(own, "UserService/CreateUser", user={"email": email, "role_ids": [role_id]})
-            scopes = sorted(BUILT_IN[role_id].permissions)
-            credentials[role_id] = await self._key(own, user_id=user["user"]["user_id"], scopes=scopes)
+            credentials[role_id] = await self.key_of(own, role_id)
         role = await self._make(
             own, "RoleService/CreateRole", role={"display_name": "Reads keys", "permissions": ["api_keys.list"]}
         )
@@ -123,9 +130,17 @@ class _Builder:
         made = await self._call("OrganizationService/CreateOrganization", organization={"display_name": name})
         return Tenant(made["organization"]["organization_id"])
 
+    async def key_of(self, tenant: Tenant, role_id: str) -> str:
+        """A key of somebody new in this role, with all that the role may."""
+        email = f"{role_id}@{tenant.organization_id[-6:].lower()}.example"
+        user = await self._make(tenant, "UserService/CreateUser", user={"email": email, "role_ids": [role_id]})
+        scopes = sorted(BUILT_IN[role_id].permissions)
+        return await self._key(tenant, user_id=user["user"]["user_id"], scopes=scopes)
+
     async def furnish(self, tenant: Tenant) -> None:
         """One of everything that an id can name."""
-        ids, name = tenant.ids, tenant.organization_id[-6:].lower()
+        ids, name = tenant.ids, f"mark-{tenant.organization_id[-6:].lower()}"
+        tenant.mark = name
         user = await self._make(
             tenant, "UserService/CreateUser", user={"email": f"{name}@member.example", "role_ids": ["developer"]}
         )
