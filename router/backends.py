@@ -21,8 +21,10 @@ from mesh.clock import Clock, SystemClock
 from mesh.errors import PlatformError, Reason
 from mesh.fields import refuse
 from router import metrics
+from router.breaker import Breaker
 from router.models import Model
 from router.prices import Price, PriceSchedule, schedules
+from router.routing_policies import DEFAULT, RoutingPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +151,7 @@ class BackendState:
         self.health_reason = ""
         self.in_flight = 0
         self._failures = 0
+        self._breakers: dict[str, Breaker] = {}
         metrics.REQUESTS_IN_FLIGHT.labels(backend_id).set_function(lambda: self.in_flight)
         self._healthy_gauge = metrics.BACKEND_HEALTHY.labels(backend_id)
         self._healthy_gauge.set(0)
@@ -186,8 +189,17 @@ class BackendState:
         """Count a request that has ended there."""
         self.in_flight -= 1
 
+    def breaker(self, model_id: str) -> Breaker:
+        """What leaves it alone while it fails for a model."""
+        breaker = self._breakers.get(model_id)
+        if breaker is None:
+            breaker = self._breakers[model_id] = Breaker(metrics.BREAKER_OPEN.labels(self.backend_id, model_id))
+        return breaker
+
     def forget(self) -> None:
         """Take its children out of the metrics, as the backend is gone."""
+        for model_id in self._breakers:
+            metrics.BREAKER_OPEN.remove(self.backend_id, model_id)
         metrics.REQUESTS_IN_FLIGHT.remove(self.backend_id)
         metrics.BACKEND_HEALTHY.remove(self.backend_id)
 
@@ -199,6 +211,7 @@ class Served:
     backend: Backend
     upstream_model: str
     state: BackendState
+    breaker: Breaker = field(default_factory=Breaker)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,18 +222,20 @@ class RegistryContent:
     models: tuple[Model, ...]
     backends: tuple[Backend, ...]
     prices: tuple[Price, ...] = ()
+    policies: tuple[RoutingPolicy, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The registry at one revision, indexed for requests: models by every name, who serves each of them, and what each
-    costs."""
+    """The registry at one revision, indexed for requests: models by every name, who serves each of them, what each
+    costs, and how its requests find a backend."""
 
     models: Mapping[str, Model]
     names: Mapping[str, Model]
     backends: Mapping[str, Backend]
     served: Mapping[str, tuple[Served, ...]]
     prices: Mapping[str, PriceSchedule] = field(default_factory=dict)
+    policies: Mapping[str, RoutingPolicy] = field(default_factory=dict)
 
     def find_model(self, name: str, allowed_models: tuple[str, ...]) -> Model:
         """The model of that id or alias. Raises PlatformError(MODEL_NOT_FOUND), also for one that is not allowed."""
@@ -233,6 +248,10 @@ class Snapshot:
         """The price of a model that holds at a moment; None where it has none then, and so must not be used."""
         schedule = self.prices.get(model_id)
         return None if schedule is None else schedule.at(at)
+
+    def policy_of(self, model_id: str) -> RoutingPolicy:
+        """How requests for a model find a backend."""
+        return self.policies.get(model_id, DEFAULT)
 
     def unpriced_models(self, at: datetime) -> list[str]:
         """The ids of the models that have no price at a moment."""
@@ -336,7 +355,8 @@ class Registry:
         for backend in content.backends:
             for model in backend.models:
                 upstream_model = model.upstream_model or model.model_id
-                entry = Served(backend, upstream_model, self._states[backend.backend_id])
+                state = self._states[backend.backend_id]
+                entry = Served(backend, upstream_model, state, state.breaker(model.model_id))
                 served.setdefault(model.model_id, []).append(entry)
         names = {alias: model for model in content.models for alias in model.aliases}
         models = {model.model_id: model for model in content.models}
@@ -346,4 +366,5 @@ class Registry:
             backends=backends,
             served={model_id: tuple(entries) for model_id, entries in served.items()},
             prices=schedules(content.prices),
+            policies={policy.model_id: policy for policy in content.policies},
         )

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Coroutine
 from datetime import datetime
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
+from aiaas.router.v1.routing_policy_service_pb2 import RoutingStrategy
 from aiaas.type.v1 import usage_event_pb2
 from aiaas.type.v1.usage_event_pb2 import TokenUsage, UsageEvent
 from mesh import policies
@@ -29,9 +29,11 @@ from mesh.tracing import Span
 from router import metrics, requests, sse
 from router.answer_stream import AnswerStream, EngineFaultError
 from router.answers import EVENT_STREAM, Head, InferenceRequest, Reader, Tail
-from router.backends import Registry, Served
+from router.attempt import OUTRUN, Attempt
+from router.backends import Registry, Served, is_allowed
 from router.ceilings import Ceiling, ceiling_of
 from router.engine_failures import BackendFailedError, failed, judge
+from router.hedging import first_answer
 from router.http1 import (
     ConnectionRefusedUpstreamError,
     UpstreamAnswer,
@@ -45,16 +47,14 @@ from router.models import ENDPOINT_NAMES, Model
 from router.rate_limits import Permit
 from router.requests import ParsedRequest
 from router.routing import RETRY_AFTER_S, Routing, check_endpoint
+from router.routing_policies import RoutingPolicy
 from router.upstream import Timeouts, Upstream
-from router.usage import AttemptRecord, UsageRecord, clamp_usage, close_event, open_event
+from router.usage import UsageRecord, clamp_usage, close_event, open_event
 
 logger = logging.getLogger(__name__)
 
 INFER = "/aiaas.router.v1.InferenceService/Infer"
 """What policies know every inference by, however it came."""
-
-ATTEMPTS = 2
-"""A request is tried on so many backends at most: one retry, and that before the first byte only."""
 
 _ANSWER_BYTES = 64 << 20
 _FAULT_BYTES = 64 << 10
@@ -64,6 +64,8 @@ _PIECE_BYTES = 1 << 20
 _DEADLINE_SLACK_S = 0.05
 _OUTCOME_NAMES = {number: name.removeprefix("OUTCOME_").lower() for name, number in usage_event_pb2.Outcome.items()}
 _JSON = "application/json"
+# What another model may help with, where the policy names one.
+_BACKENDS_FAULT = frozenset({Reason.NO_BACKEND_AVAILABLE, Reason.BACKEND_ERROR, Reason.BACKEND_TIMEOUT})
 _UNBILLED = frozenset({usage_event_pb2.OUTCOME_REFUSED, usage_event_pb2.OUTCOME_FAILED})
 
 
@@ -123,6 +125,7 @@ class Inference:
 
     __slots__ = (
         "_answer",
+        "_attempt",
         "_ceiling",
         "_claim",
         "_cut",
@@ -135,7 +138,6 @@ class Inference:
         "_reader",
         "_record",
         "_request",
-        "_served",
         "_settled",
         "_task",
         "_timer",
@@ -164,7 +166,7 @@ class Inference:
         self._ceiling: Ceiling | None = None
         self._entry: Entry | None = None
         self._event: UsageEvent | None = None
-        self._served: Served | None = None
+        self._attempt: Attempt | None = None
         self._answer: UpstreamAnswer | None = None
         self._watch: sse.EventWatch | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -189,13 +191,12 @@ class Inference:
             # What asyncio.timeout does, at a fifth of its cost.
             self._timer = asyncio.get_running_loop().call_later(max(0.0, remaining_s), self._expire)
         try:
-            model, parsed = self._check()
+            model = self._check()
             if self._request.principal.policy_bound:
                 await self._ask_policies(model)
             if self._request.idempotency_key and not await self._claim_key(model):
                 return
-            await self._admit(model, parsed)
-            await self._answer_with(model)
+            await self._serve(model)
             self._settle(usage_event_pb2.OUTCOME_SUCCEEDED, "")
         except PlatformError as error:
             self._settle(self._outcome_of(error), error.reason.value)
@@ -250,8 +251,8 @@ class Inference:
         if self._answer is not None:
             self._answer.resume()
 
-    def _check(self) -> tuple[Model, ParsedRequest]:
-        """The model, and what is asked of it."""
+    def _check(self) -> Model:
+        """Read the body, and find its model."""
         request = self._request
         if not self._engine.registry.loaded:
             # Which models there are is not known: to say that one does not exist would be a lie.
@@ -264,7 +265,7 @@ class Inference:
         model = self._engine.registry.snapshot.find_model(parsed.model, request.principal.allowed_models)
         self._record.model = model.model_id
         check_endpoint(model, request.endpoint)
-        return model, parsed
+        return model
 
     async def _ask_policies(self, model: Model) -> None:
         """Hold the request to its organization's policies; they see the model and never the prompt."""
@@ -293,9 +294,9 @@ class Inference:
         self._reader = self._claim = claim
         return True
 
-    async def _admit(self, model: Model, parsed: ParsedRequest) -> None:
+    async def _admit(self, model: Model) -> None:
         """Find room and money for the request, and write down that it runs."""
-        engine, record, principal = self._engine, self._record, self._request.principal
+        engine, record, principal, parsed = self._engine, self._record, self._request.principal, self._asked
         price = engine.registry.snapshot.price_of(model.model_id, record.admit_time)
         if price is None:
             raise PlatformError(Reason.MODEL_NOT_PRICED, model=model.model_id)
@@ -312,35 +313,105 @@ class Inference:
             parsed.shorten(ceiling.completion_tokens)
         self._ceiling = ceiling
         self._event = open_event(record, engine.router_id)
-        self._entry = engine.journal.begin(self._event.SerializeToString())
+        event = self._event.SerializeToString()
+        if self._entry is not None:
+            self._entry.begin_again(event)
+            return
+        self._entry = engine.journal.begin(event)
         self._entry.progress = self._progress
 
-    async def _answer_with(self, model: Model) -> None:
+    @property
+    def _asked(self) -> ParsedRequest:
+        """What is asked; until the answer begins. Nobody keeps it: a stream lasts for minutes, and its prompt may be
+        megabytes."""
+        if self._parsed is None:
+            raise PlatformError(Reason.INTERNAL)
+        return self._parsed
+
+    async def _serve(self, model: Model) -> None:
+        """Have the model answer or, where none of its backends can, those that its policy names instead."""
+        snapshot = self._engine.registry.snapshot
+        policy = snapshot.policy_of(model.model_id)
+        if policy.total_millis:
+            self._limit_time(policy.total_millis / 1000)
+        await self._admit(model)
+        try:
+            await self._answer_with(model, policy)
+            return
+        except PlatformError as error:
+            if not policy.fallback_model_ids or error.reason not in _BACKENDS_FAULT or self._has_begun:
+                raise
+            failure = error
+        record, price = self._record, self._record.price
+        for model_id in policy.fallback_model_ids:
+            fallback = snapshot.models.get(model_id)
+            if fallback is None or not self._may_use(fallback):
+                continue
+            try:
+                await self._admit_again(fallback)
+                metrics.EXTRA_ATTEMPTS.labels(model.model_id, "fallback").inc()
+                await self._answer_with(fallback, snapshot.policy_of(model_id))
+                return
+            except PlatformError:
+                if self._has_begun:
+                    raise
+        self._release()
+        record.model, record.price = model.model_id, price
+        raise failure
+
+    @property
+    def _has_begun(self) -> bool:
+        """Whether the client has had a byte: then nobody else can help any more."""
+        return self._record.first_byte is not None
+
+    def _may_use(self, model: Model) -> bool:
+        request = self._request
+        return request.endpoint in model.endpoints and is_allowed(model, request.principal.allowed_models)
+
+    async def _admit_again(self, model: Model) -> None:
+        """Go on with another model, at its own price. Raises what `_admit` does."""
+        self._release()
+        self._record.model = model.model_id
+        if self._request.principal.policy_bound:
+            await self._ask_policies(model)
+        await self._admit(model)
+
+    def _release(self) -> None:
+        """Give room and money back: what was admitted has used nothing."""
+        if self._record.reservation is not None:
+            self._record.reservation.settle(0, 0, 0)
+        if self._permit is not None:
+            self._permit.settle(0)
+        self._record.reservation = self._permit = self._ceiling = self._event = None
+
+    async def _answer_with(self, model: Model, policy: RoutingPolicy) -> None:
         """Try backends until one has answered to the end, or failed where no other can help."""
+        routing, snapshot = self._engine.routing, self._engine.registry.snapshot
+        routing.admitted(model.model_id, policy)
+        prefix = self._asked.prefix if policy.strategy == RoutingStrategy.ROUTING_STRATEGY_PREFIX_AFFINITY else b""
         tried: list[str] = []
         failure: PlatformError | None = None
-        while len(tried) < ATTEMPTS:
+        for _ in range(policy.limit_attempts):
             try:
-                served = self._engine.routing.choose(self._engine.registry.snapshot, model, tried)
+                served = routing.choose(snapshot, model, tried, prefix)
             except PlatformError as none_left:
                 raise failure or none_left from None
+            if failure is not None and not routing.may_retry(model.model_id, policy):
+                raise failure
             tried.append(served.backend.backend_id)
             try:
-                await self._attempt(served)
+                await self._try(served, model, policy, tried)
                 return
             except BackendFailedError as error:
-                logger.warning("an attempt on backend %s failed: %s", tried[-1], error.reason)
+                logger.warning("an attempt on backend %s failed: %s", self._record.backend_id, error.reason)
                 failure = error.answer
         raise failure or PlatformError(Reason.INTERNAL)
 
-    async def _attempt(self, served: Served) -> None:
-        clock = self._engine.clock
+    async def _try(self, served: Served, model: Model, policy: RoutingPolicy, tried: list[str]) -> None:
+        self._attempt = attempt = self._begin_attempt(served, policy)
         self._record.backend_id = served.backend.backend_id
-        self._record.attempts.append(AttemptRecord(served.backend.backend_id, clock.monotonic()))
-        self._served = served
-        served.state.start_request()
         try:
-            await self._ask(served)
+            await self._ask(attempt, model, policy, tried)
             return
         except UpstreamError as error:
             failure = self._failure_of(error, served)
@@ -348,8 +419,9 @@ class Inference:
             failure = failed("backend_garbage")
         except BackendFailedError as error:
             failure = error
-        if self._record.first_byte is not None:
-            # The client has had bytes: no other backend can help any more.
+        if self._attempt is not None:
+            self._attempt.failed = True
+        if self._has_begun:
             raise PlatformError(
                 Reason.BACKEND_TIMEOUT if failure.answer.reason is Reason.BACKEND_TIMEOUT else Reason.BACKEND_ERROR
             )
@@ -357,14 +429,50 @@ class Inference:
         self._watch = None
         raise failure
 
-    async def _ask(self, served: Served) -> None:
-        parsed = self._parsed
-        if parsed is None:
+    async def _ask(self, attempt: Attempt, model: Model, policy: RoutingPolicy, tried: list[str]) -> None:
+        after_s = self._engine.routing.hedge_after_s(model.model_id, policy, streamed=self._record.streamed)
+        if after_s is None:
+            self._answer = await self._open(attempt.served, policy)
+        else:
+            attempt = await self._race(attempt, model, policy, tried, after_s)
+        await self._pass_on(attempt.served)
+        attempt.failed = False
+
+    async def _race(
+        self, first: Attempt, model: Model, policy: RoutingPolicy, tried: list[str], after_s: float
+    ) -> Attempt:
+        """Have the answer of the first attempt or, where that is silent for too long, of another; returns whose."""
+        engine, loser = self._engine, None
+
+        def ask_another() -> Coroutine[Any, Any, UpstreamAnswer] | None:
+            nonlocal loser
+            try:
+                served = engine.routing.choose(engine.registry.snapshot, model, tried)
+            except PlatformError:
+                return None
+            if not engine.routing.may_hedge(model.model_id, policy):
+                return None
+            tried.append(served.backend.backend_id)
+            loser = self._begin_attempt(served, policy)
+            return self._open(served, policy)
+
+        winner = first
+        try:
+            self._answer, is_second = await first_answer(self._open(first.served, policy), after_s, ask_another)
+            if is_second and loser is not None:
+                winner, loser = loser, first
+                self._attempt = winner
+                self._record.backend_id = winner.record.backend_id
+        finally:
+            if loser is not None:
+                loser.end(engine.clock.monotonic(), OUTRUN)
+        return winner
+
+    async def _pass_on(self, served: Served) -> None:
+        """Give the reader what comes after the first byte."""
+        answer, parsed, streamed = self._answer, self._asked, self._record.streamed
+        if answer is None:
             raise PlatformError(Reason.INTERNAL)
-        answer = await self._first_byte(served, parsed)
-        streamed = self._record.streamed
-        if answer.status != 200:
-            raise judge(answer.status, sse.read_fault(await answer.read(_FAULT_BYTES), answer.status))
         if answer.content_type != (EVENT_STREAM if streamed else _JSON):
             raise failed("backend_misconfigured")
         if not streamed:
@@ -380,6 +488,7 @@ class Inference:
             strip_interim_usage=parsed.strips_interim_usage(served.backend.engine),
             choices=parsed.prompt_choices,
         )
+        del parsed
         if self._claim is not None:
             self._claim.watch = watch
         try:
@@ -387,24 +496,44 @@ class Inference:
         except EngineFaultError as error:
             raise judge(error.fault.status, error.fault) from None
 
-    async def _first_byte(self, served: Served, parsed: ParsedRequest) -> UpstreamAnswer:
-        """The answer, once its first byte has come."""
-        engine = self._engine
+    async def _open(self, served: Served, policy: RoutingPolicy) -> UpstreamAnswer:
+        """The answer, once its first byte has come. Raises what `judge` makes of an error of the engine."""
+        engine, parsed = self._engine, self._asked
         timeouts = engine.timeouts
-        if served.backend.first_byte_timeout_millis:
-            timeouts = replace(timeouts, first_byte_s=served.backend.first_byte_timeout_millis / 1000)
+        first_byte_millis = policy.first_byte_millis or served.backend.first_byte_timeout_millis
+        if first_byte_millis or policy.connect_millis or policy.idle_millis:
+            timeouts = Timeouts(
+                policy.connect_millis / 1000 or timeouts.connect_s,
+                first_byte_millis / 1000 or timeouts.first_byte_s,
+                timeouts.answer_s,
+                policy.idle_millis / 1000 or timeouts.idle_s,
+            )
         body = parsed.upstream_body(served.upstream_model, served.backend.engine)
-        self._answer = await engine.upstream.open(served.backend, parsed.path, body, timeouts, streamed=parsed.stream)
-        return self._answer
+        asked_at = engine.clock.monotonic()
+        answer = await engine.upstream.open(served.backend, parsed.path, body, timeouts, streamed=parsed.stream)
+        if answer.status != 200:
+            try:
+                raise judge(answer.status, sse.read_fault(await answer.read(_FAULT_BYTES), answer.status))
+            finally:
+                answer.close()
+        if policy.hedged:
+            after_s = engine.clock.monotonic() - asked_at
+            engine.routing.heard(self._record.model, after_s, streamed=self._record.streamed)
+        return answer
+
+    def _begin_attempt(self, served: Served, policy: RoutingPolicy) -> Attempt:
+        attempt = Attempt(served, policy, self._engine.clock.monotonic())
+        self._record.attempts.append(attempt.record)
+        return attempt
 
     def _begin(self, content_type: str) -> None:
         """Send the head. Raises PlatformError(USAGE_UNRECORDABLE), and then has sent nothing."""
         self._engine.journal.check()
-        # No other backend will be asked. A stream lasts for minutes, and its prompt may be megabytes.
+        # No other backend will be asked.
         self._parsed = None
         self._request.body = b""
-        if self._served is not None:
-            self._served.state.heard()
+        if self._attempt is not None:
+            self._attempt.served.state.heard()
         record = self._record
         record.first_byte = self._engine.clock.monotonic()
         endpoint = ENDPOINT_NAMES[record.endpoint]
@@ -439,6 +568,16 @@ class Inference:
             return failed(error.reason, PlatformError(Reason.BACKEND_TIMEOUT))
         return failed(error.reason)
 
+    def _limit_time(self, total_s: float) -> None:
+        """It may take no longer, whatever its caller says."""
+        end = self._record.admitted + total_s
+        if self._request.deadline is None or end < self._request.deadline:
+            self._request.deadline = end
+            if self._timer is not None:
+                self._timer.cancel()
+            delay_s = max(0.0, end - self._engine.clock.monotonic())
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._expire)
+
     def _expire(self) -> None:
         self._end_early(PlatformError(Reason.DEADLINE_EXCEEDED))
 
@@ -470,12 +609,9 @@ class Inference:
         if self._answer is not None:
             self._answer.close()
             self._answer = None
-        if self._served is not None:
-            self._served.state.end_request()
-            self._served = None
-            attempt = self._record.attempts[-1]
-            attempt.ended = self._engine.clock.monotonic()
-            attempt.failure_reason = failure_reason
+        if self._attempt is not None:
+            self._attempt.end(self._engine.clock.monotonic(), failure_reason)
+            self._attempt = None
 
     def _settle(self, outcome: usage_event_pb2.Outcome.ValueType, reason: str) -> None:
         if self._settled:

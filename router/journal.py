@@ -66,6 +66,11 @@ class Entry:
         self._fragment = b""
         self.progress: Callable[[], bytes | None] | None = None
 
+    def begin_again(self, begun: bytes) -> None:
+        """The request goes on as another than it began."""
+        self._begun, self._fragment = begun, b""
+        self._journal._checkpoint(self._number, begun)
+
     def checkpoint(self, fragment: bytes) -> None:
         """Remember a fragment that merges over the begun event, instead of the one before; it is written with the next
         commit."""

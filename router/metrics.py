@@ -21,6 +21,19 @@ REQUEST_DURATION = Histogram(
 )
 REQUESTS_IN_FLIGHT = Gauge("aiaas_router_requests_in_flight", "Requests that a backend is working on.", ["backend"])
 BACKEND_HEALTHY = Gauge("aiaas_router_backend_healthy", "1 where the last probes of a backend succeeded.", ["backend"])
+BREAKER_OPEN = Gauge(
+    "aiaas_router_breaker_open", "1 where a backend is left alone, as it failed too often.", ["backend", "model"]
+)
+EXTRA_ATTEMPTS = Counter(
+    "aiaas_router_extra_attempts",
+    "Attempts beyond a request's first: a retry, a hedge, or a fallback to another model.",
+    ["model", "kind"],
+)
+ATTEMPTS_REFUSED = Counter(
+    "aiaas_router_refused_attempts",
+    "Retries and hedges that were not made, as there had been too many of them.",
+    ["model", "kind"],
+)
 UNPRICED_MODELS = Gauge("aiaas_router_unpriced_models", "Models that cannot be used, since they have no price.")
 USAGE_QUEUE = Gauge("aiaas_router_usage_queue_events", "Usage events that wait to be published.")
 USAGE_DROPPED = Counter(

@@ -177,6 +177,9 @@ class _ResponseRequest(_Request, kw_only=True):
     prompt: _Json | None = None
 
 
+# Long enough to tell conversations apart, and short enough that one conversation's turns all begin with it.
+_PREFIX_BYTES = 1024
+
 _PATHS: Mapping[int, str] = {
     Endpoint.ENDPOINT_CHAT_COMPLETIONS: "/v1/chat/completions",
     Endpoint.ENDPOINT_COMPLETIONS: "/v1/completions",
@@ -201,7 +204,8 @@ class ParsedRequest(msgspec.Struct, frozen=True):
     `wants_usage` is whether the client wants to have the usage of a stream at its end, `wants_interim_usage` beside
     every text as well. `estimated_tokens` is about how many tokens it uses, with its prompt. `completion_tokens` is how
     many it wants of each of its `choices` at most, None where it leaves that to the engine; `prompts` is how many it
-    holds, `has_media` whether bytes of the body say nothing of their tokens.
+    holds, `has_media` whether bytes of the body say nothing of their tokens. `cache_key` is what the client says that
+    prompts with a common beginning share.
     """
 
     endpoint: int
@@ -215,6 +219,7 @@ class ParsedRequest(msgspec.Struct, frozen=True):
     choices: int
     has_media: bool
     request: _Request
+    cache_key: str | None = None
 
     @property
     def path(self) -> str:
@@ -225,6 +230,24 @@ class ParsedRequest(msgspec.Struct, frozen=True):
     def prompt_choices(self) -> int:
         """How many answers each prompt has."""
         return (self.request.n or 1) if isinstance(self.request, _Sampling) else 1
+
+    @property
+    def prefix(self) -> bytes:
+        """How its prompt begins, or what the client says that its prompts share; empty where no engine keeps a prefix.
+
+        Requests with the same do well on the same backend, which has computed it before.
+        """
+        request = self.request
+        if self.cache_key:
+            return self.cache_key.encode()
+        match request:
+            case _ChatRequest():
+                return _ENCODER.encode(request.messages)[:_PREFIX_BYTES]
+            case _CompletionRequest():
+                return _ENCODER.encode(request.prompt)[:_PREFIX_BYTES]
+            case _ResponseRequest():
+                return _ENCODER.encode([request.instructions, request.input])[:_PREFIX_BYTES]
+        return b""
 
     def strips_interim_usage(self, engine: int) -> bool:
         """Whether an engine of this kind tells usage beside every text, and the client did not ask for that."""
@@ -273,6 +296,7 @@ def parse(endpoint: int, body: bytes) -> ParsedRequest:
     except RecursionError:
         raise _too_deep() from None
     _check_depth(body)
+    cache_key = request.prompt_cache_key
     for name in request.dropped:
         setattr(request, name, None)
     stream = False
@@ -309,6 +333,7 @@ def parse(endpoint: int, body: bytes) -> ParsedRequest:
         choices=choices,
         has_media=has_media,
         request=request,
+        cache_key=cache_key,
     )
 
 

@@ -37,6 +37,8 @@ from aiaas.router.v1 import (
     price_service_pb2_grpc,
     router_service_pb2,
     router_service_pb2_grpc,
+    routing_policy_service_pb2,
+    routing_policy_service_pb2_grpc,
 )
 from mesh.auth import CachedAuthenticator, RemoteAuthenticator
 from mesh.broker import Broker
@@ -79,6 +81,7 @@ from router.router_service import RouterService
 from router.router_store import RouterStore
 from router.routers import Condition, Heartbeats, Replica
 from router.routing import Routing
+from router.routing_policy_service import RoutingPolicyService
 from router.snapshot import RouterSnapshot
 from router.store import Store
 from router.upstream import HttpUpstream, Timeouts
@@ -160,7 +163,7 @@ async def serve(
         resources.callback(snapshot.close)
         engine = Engine(
             registry=registry,
-            routing=Routing(random),
+            routing=Routing(random, clock),
             limiter=limiter,
             treasury=budgets,
             upstream=upstream,
@@ -279,6 +282,11 @@ def _services(
             price_service_pb2.DESCRIPTOR.services_by_name["PriceService"],
             price_service_pb2_grpc.add_PriceServiceServicer_to_server,
             PriceService(store, registry),
+        ),
+        (
+            routing_policy_service_pb2.DESCRIPTOR.services_by_name["RoutingPolicyService"],
+            routing_policy_service_pb2_grpc.add_RoutingPolicyServiceServicer_to_server,
+            RoutingPolicyService(store, registry),
         ),
         (
             journal_service_pb2.DESCRIPTOR.services_by_name["JournalService"],

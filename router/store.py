@@ -1,4 +1,5 @@
-"""All SQL of the router: models, backends, prices, first answers to repeated creations; it never judges a value.
+"""All SQL of the registry: models, backends, prices, routing policies, first answers to repeated creations; it never
+judges a value.
 
 Every change first takes the one row of `registry_revision`. Changes therefore go one after another, what a change
 checked still holds when it writes, and the number tells every router that there is something new.
@@ -20,6 +21,7 @@ from mesh.errors import PlatformError, Reason
 from router.backends import Backend, BackendModel, RegistryContent, unknown_model
 from router.models import Model, name_taken
 from router.prices import Price, already_priced
+from router.routing_policies import RoutingPolicy, unknown_backend, unknown_fallback
 
 _REMEMBERED = timedelta(days=1)
 _Resource = TypeVar("_Resource", Model, Backend, Price)
@@ -80,8 +82,13 @@ class Store:
             models = await connection.fetch(_MODELS + "ORDER BY m.model_id")
             backends = await connection.fetch(_BACKENDS + "ORDER BY b.backend_id")
             prices = await connection.fetch(_PRICES_IN_USE)
+            policies = await connection.fetch("SELECT * FROM routing_policies ORDER BY model_id")
         return RegistryContent(
-            revision, tuple(map(_model, models)), tuple(map(_backend, backends)), tuple(map(_price, prices))
+            revision,
+            tuple(map(_model, models)),
+            tuple(map(_backend, backends)),
+            tuple(map(_price, prices)),
+            tuple(map(_routing_policy, policies)),
         )
 
     async def create_model(self, model: Model, creation: Creation | None) -> Model:
@@ -266,6 +273,57 @@ class Store:
             await self.get_model(model_id)
         return list(map(_price, rows))
 
+    async def get_routing_policy(self, model_id: str) -> RoutingPolicy:
+        """A model's policy, the defaults where it has none. Raises PlatformError(NOT_FOUND) for an unknown model."""
+        rows = await self._database.fetch("SELECT * FROM routing_policies WHERE model_id = $1", model_id)
+        if rows:
+            return _routing_policy(rows[0])
+        await self.get_model(model_id)
+        return RoutingPolicy(model_id)
+
+    async def list_routing_policies(self, after: str, limit: int) -> list[RoutingPolicy]:
+        """Up to `limit` policies of models whose ids come after `after`, in their order."""
+        rows = await self._database.fetch(
+            "SELECT * FROM routing_policies WHERE model_id > $1 ORDER BY model_id LIMIT $2", after, limit
+        )
+        return list(map(_routing_policy, rows))
+
+    async def update_routing_policy(
+        self, model_id: str, etag: str, change: Callable[[RoutingPolicy], RoutingPolicy], *, make: bool
+    ) -> RoutingPolicy:
+        """Replace a policy by what `change` makes of it, or of the defaults where `make` says so.
+
+        Raises PlatformError: NOT_FOUND, FAILED_PRECONDITION for an etag that is not the current one, INVALID_ARGUMENT
+        for a backend or a model that is not registered, and whatever `change` raises.
+        """
+        async with self._database.transaction() as connection:
+            revision = await _next_revision(connection)
+            _one(await connection.fetch("SELECT FROM models WHERE model_id = $1", model_id))
+            rows = await connection.fetch("SELECT * FROM routing_policies WHERE model_id = $1", model_id)
+            current = _routing_policy(_one(rows)) if rows or etag or not make else RoutingPolicy(model_id)
+            _check_etag(current.etag, etag, "routing_policy.etag")
+            changed = change(current)
+            if rows and changed == current:
+                return current
+            await _check_named(connection, changed)
+            stored = await connection.fetch(
+                "INSERT INTO routing_policies (model_id, policy, revision) VALUES ($1, $2, $3) ON CONFLICT (model_id)"
+                " DO UPDATE SET policy = excluded.policy, update_time = now(), revision = excluded.revision"
+                " RETURNING *",
+                model_id,
+                msgspec.json.encode(changed).decode(),
+                revision,
+            )
+            return _routing_policy(_one(stored))
+
+    async def delete_routing_policy(self, model_id: str, etag: str) -> None:
+        """Remove a policy. Raises PlatformError: NOT_FOUND, FAILED_PRECONDITION for a wrong etag."""
+        async with self._database.transaction() as connection:
+            await _next_revision(connection)
+            rows = await connection.fetch("SELECT * FROM routing_policies WHERE model_id = $1", model_id)
+            _check_etag(_routing_policy(_one(rows)).etag, etag, "etag")
+            await connection.execute("DELETE FROM routing_policies WHERE model_id = $1", model_id)
+
 
 async def _next_revision(connection: Connection) -> int:
     return int(await connection.fetchval("UPDATE registry_revision SET revision = revision + 1 RETURNING revision"))
@@ -354,6 +412,17 @@ async def _insert_backend_models(connection: Connection, backend: Backend) -> No
     )
 
 
+async def _check_named(connection: Connection, policy: RoutingPolicy) -> None:
+    for known, names, unknown in (
+        ("SELECT backend_id FROM backends WHERE backend_id = ANY($1)", list(policy.weights), unknown_backend),
+        ("SELECT model_id FROM models WHERE model_id = ANY($1)", policy.fallback_model_ids, unknown_fallback),
+    ):
+        registered = {row[0] for row in await connection.fetch(known, names)}
+        for index, name in enumerate(names):
+            if name not in registered:
+                raise unknown(index)
+
+
 def _columns(backend: Backend) -> tuple[Any, ...]:
     return (
         backend.backend_id,
@@ -414,3 +483,10 @@ def _backend(row: asyncpg.Record) -> Backend:
 
 def _price(row: asyncpg.Record) -> Price:
     return Price(**row)
+
+
+def _routing_policy(row: asyncpg.Record) -> RoutingPolicy:
+    policy = msgspec.json.decode(row["policy"], type=RoutingPolicy)
+    return dataclasses.replace(
+        policy, model_id=row["model_id"], update_time=row["update_time"], etag=str(row["revision"])
+    )

@@ -37,7 +37,7 @@ from tests.doubles.relay_client import RelayClient
 
 PERMISSIONS = frozenset(
     f"{resource}.{verb}"
-    for resource in ("models", "backends")
+    for resource in ("models", "backends", "routing_policies")
     for verb in ("create", "get", "list", "update", "delete")
 ) | {"inference.create", "inference.list_models", "prices.create", "prices.list"}
 PRINCIPAL = Principal(

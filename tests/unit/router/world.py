@@ -98,7 +98,7 @@ class World:
         self.idempotency = Idempotency(Scripts("redis://127.0.0.1:1", SystemClock()), "router-1")
         self.timeouts = Timeouts(connect_s=2, first_byte_s=5, answer_s=5, idle_s=5)
         self.upstream = upstream
-        self.routing = Routing(Random(1))
+        self.routing = Routing(Random(1), SystemClock())
         self.limit(Defaults(1e6, 1_000_000, 1000))
         self.backends = {
             name: Backend(name, engine.base_url, ENGINE_KIND_VLLM, models=(BackendModel("m", "up"),))
@@ -109,9 +109,10 @@ class World:
         """Have a limiter that judges by itself, as its Redis is away."""
         self.limiter = RateLimiter(Scripts("redis://127.0.0.1:1", SystemClock()), SystemClock(), "router-1", limits)
 
-    async def use(self, *backends: Backend) -> None:
-        """Register exactly these backends, and learn of their health."""
-        self.store.content = RegistryContent(self.store.content.revision + 1, (MODEL,), backends, (PRICE,))
+    async def use(self, *backends: Backend, **more: Any) -> None:
+        """Register exactly these backends, and learn of their health; `more` is what else there is."""
+        content = {"models": (MODEL,), "prices": (PRICE,)} | more
+        self.store.content = RegistryContent(self.store.content.revision + 1, backends=backends, **content)
         await self.registry.refresh()
         await self.prober.probe_all()
 
