@@ -2,6 +2,7 @@
 environment with nothing else, in which every role starts as an ordinary user."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -110,6 +111,13 @@ def test_migrations_and_scripts_are_in_the_wheel(python: Path, account: Account 
         here = sorted(p.name for p in (ROOT / role).rglob("*") if p.suffix in (".sql", ".lua"))
         assert done.stdout.split() == here, done.stderr
         assert here
+
+
+def test_image_lists_what_it_is_made_of(python: Path) -> None:
+    (command,) = re.findall(r"/opt/aiaas/bin/python (-m deploy\.sbom \S+) > /opt/aiaas/sbom.cdx.json", DOCKERFILE)
+    done = subprocess.run([python, *command.split()], capture_output=True, text=True, check=False, timeout=60, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("pkg:pypi/uvloop@")
 
 
 def test_every_package_of_the_wheel_is_copied_into_the_image() -> None:
