@@ -128,11 +128,11 @@ def _component(package: Locked, installed: Distribution) -> dict[str, Any]:
 def _licenses(installed: Distribution) -> list[dict[str, Any]]:
     """As its metadata say: an expression of SPDX, else a name."""
     metadata = installed.metadata
-    if expression := metadata.get("License-Expression"):
-        return [{"expression": expression}]
+    if "License-Expression" in metadata:
+        return [{"expression": metadata["License-Expression"]}]
     classifiers = metadata.get_all("Classifier") or []
     names = [line.rpartition(" :: ")[2] for line in classifiers if line.startswith("License :: ")]
-    text = metadata.get("License", "")
+    text = next(iter(metadata.get_all("License") or ()), "")
     # Some put the whole text of it there.
     if text and len(text) <= _LONGEST_LICENSE_NAME:
         names = [text]
