@@ -1,0 +1,38 @@
+output "kubeconfig" {
+  description = "terraform output -raw kubeconfig | base64 -d > kubeconfig"
+  value       = module.cluster.kubeconfig
+  sensitive   = true
+}
+
+output "database" {
+  description = "For the secrets aiaas-identity, aiaas-router and aiaas-analytics, once their databases are made."
+  value = {
+    host           = module.database.host
+    port           = module.database.port
+    ca_certificate = module.database.ca_certificate
+    administrator  = module.database.administrator
+  }
+  sensitive = true
+}
+
+output "exports" {
+  description = "The AIAAS_ANALYTICS_S3_ variables."
+  value = {
+    url        = module.exports.endpoint
+    bucket     = module.exports.bucket
+    access_key = module.exports.access_key
+    secret_key = module.exports.secret_key
+  }
+  sensitive = true
+}
+
+output "backups" {
+  description = "Where what leaves the cluster's own volumes goes."
+  value = {
+    url        = module.backups.endpoint
+    bucket     = module.backups.bucket
+    access_key = module.backups.access_key
+    secret_key = module.backups.secret_key
+  }
+  sensitive = true
+}
