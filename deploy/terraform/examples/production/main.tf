@@ -42,6 +42,13 @@ module "exports" {
   region = var.region
 }
 
+module "telemetry" {
+  source = "../../modules/storage"
+
+  label  = "${var.label}-telemetry"
+  region = var.region
+}
+
 # Another region: what takes the cluster's must not take its backups.
 module "backups" {
   source = "../../modules/storage"

@@ -26,6 +26,18 @@ output "exports" {
   sensitive = true
 }
 
+output "telemetry" {
+  description = "For the secret monitoring-storage, of Loki and Tempo."
+  value = {
+    S3_HOST       = trimprefix(module.telemetry.endpoint, "https://")
+    S3_REGION     = var.region
+    S3_BUCKET     = module.telemetry.bucket
+    S3_ACCESS_KEY = module.telemetry.access_key
+    S3_SECRET_KEY = module.telemetry.secret_key
+  }
+  sensitive = true
+}
+
 output "backups" {
   description = "Where what leaves the cluster's own volumes goes."
   value = {
