@@ -173,11 +173,10 @@ VALUES: dict[str, tuple[dict[str, Any], dict[str, tuple[Any, str]]]] = {
         },
     ),
     "storage": (
-        {"label": "aiaas-exports", "region": "us-ord", "keep_versions_days": 35},
+        {"label": "aiaas-exports", "region": "us-ord"},
         {
             "label": ("x", "3 to 30 lower case letters"),
             "region": ("", "us-ord or us-iad-2"),
-            "keep_versions_days": (401, "From 0 to 400"),
         },
     ),
     "dns": (
@@ -188,7 +187,6 @@ VALUES: dict[str, tuple[dict[str, Any], dict[str, tuple[Any, str]]]] = {
         {
             "label": "aiaas",
             "region": "us-ord",
-            "backup_region": "us-iad",
             "k8s_version": "v1.31.8+lke5",
             "administrator_cidrs": ["203.0.113.0/28"],
             "gpu_pools": {},
@@ -197,7 +195,6 @@ VALUES: dict[str, tuple[dict[str, Any], dict[str, tuple[Any, str]]]] = {
         {
             "label": ("a" * 22, "buckets add to it"),
             "region": ("x", "us-ord or us-iad-2"),
-            "backup_region": ("us-ord", "Backups are kept in another region"),
         },
     ),
 }

@@ -49,15 +49,6 @@ module "telemetry" {
   region = var.region
 }
 
-# Another region: what takes the cluster's must not take its backups.
-module "backups" {
-  source = "../../modules/storage"
-
-  label              = "${var.label}-backups"
-  region             = var.backup_region
-  keep_versions_days = 35
-}
-
 module "dns" {
   source = "../../modules/dns"
 

@@ -37,14 +37,3 @@ output "telemetry" {
   }
   sensitive = true
 }
-
-output "backups" {
-  description = "Where what leaves the cluster's own volumes goes."
-  value = {
-    url        = module.backups.endpoint
-    bucket     = module.backups.bucket
-    access_key = module.backups.access_key
-    secret_key = module.backups.secret_key
-  }
-  sensitive = true
-}

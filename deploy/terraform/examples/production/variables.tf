@@ -9,19 +9,10 @@ variable "label" {
 
 variable "region" {
   type        = string
-  description = "Of everything but backups."
+  description = "Of everything."
   validation {
     condition     = can(regex("^[a-z]{2}-[a-z]+(-[0-9]+)?$", var.region))
     error_message = "A region is written like us-ord or us-iad-2."
-  }
-}
-
-variable "backup_region" {
-  type        = string
-  description = "Of backups."
-  validation {
-    condition     = var.backup_region != var.region
-    error_message = "Backups are kept in another region."
   }
 }
 

@@ -4,23 +4,11 @@ resource "linode_object_storage_bucket" "this" {
   region       = var.region
   acl          = "private"
   cors_enabled = false
-  versioning   = var.keep_versions_days > 0
 
   lifecycle_rule {
     id                                     = "unfinished"
     enabled                                = true
     abort_incomplete_multipart_upload_days = 1
-  }
-
-  dynamic "lifecycle_rule" {
-    for_each = var.keep_versions_days > 0 ? [var.keep_versions_days] : []
-    content {
-      id      = "former"
-      enabled = true
-      noncurrent_version_expiration {
-        days = lifecycle_rule.value
-      }
-    }
   }
 
   lifecycle {

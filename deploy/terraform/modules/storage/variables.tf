@@ -9,19 +9,9 @@ variable "label" {
 
 variable "region" {
   type        = string
-  description = "Where it is: for backups another than the cluster's."
+  description = "Where it is."
   validation {
     condition     = can(regex("^[a-z]{2}-[a-z]+(-[0-9]+)?$", var.region))
     error_message = "A region is written like us-ord or us-iad-2."
-  }
-}
-
-variable "keep_versions_days" {
-  type        = number
-  description = "Days that what was overwritten or removed is kept; 0 keeps nothing."
-  default     = 0
-  validation {
-    condition     = var.keep_versions_days >= 0 && var.keep_versions_days <= 400
-    error_message = "From 0 to 400."
   }
 }
