@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from deploy.local.state import Account, service_account
+from tests.deploy.homes import composed
 from tests.deploy.tools import ROOT
 
 ROLES = ("identity", "router", "analytics", "edge", "gateway")
@@ -137,3 +138,11 @@ def test_every_package_of_the_wheel_is_copied_into_the_image() -> None:
 def test_image_runs_as_nobody_in_particular() -> None:
     users = [line.split()[1] for line in DOCKERFILE.splitlines() if line.startswith("USER ")]
     assert users == ["10001:10001"]
+
+
+def test_image_owns_the_place_of_the_journal() -> None:
+    """A new volume takes the owner of the folder that it is mounted on."""
+    assert "COPY --from=build --chown=10001:10001 /var/lib/aiaas /var/lib/aiaas\n" in DOCKERFILE
+    router = composed()["services"]["router"]
+    assert router["user"] == "10001:10001"
+    assert "journal:/var/lib/aiaas" in router["volumes"]
