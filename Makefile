@@ -1,6 +1,6 @@
 # Everything a person or CI runs. `make up` and `make test` need nothing installed before.
 .DEFAULT_GOAL := help
-.PHONY: help up test test-one-process test-go test-vllm check generate docs lock bench bench-guard bench-engine bench-identity bench-revocations bench-exports bench-cli soak money money-switches
+.PHONY: help up test test-one-process test-go test-vllm check generate docs lock bench bench-guard bench-engine bench-identity bench-revocations bench-exports bench-cli soak money money-switches sbom
 
 PYTHON := .venv/bin/python
 BIN := .venv/bin
@@ -92,6 +92,10 @@ generate: ## Make gen/ from proto/, and docs/reference from that and the code
 docs: ## Build the documentation into site/; a broken link fails
 	@deploy/local/bootstrap.sh test
 	$(BIN)/mkdocs build --strict
+
+sbom: ## Write what the image is made of into sbom.cdx.json (CycloneDX)
+	@deploy/local/bootstrap.sh test
+	@$(PYTHON) -m deploy.sbom deploy/locks/runtime.lock > sbom.cdx.json
 
 lock: ## Pin every dependency with its hashes
 	deploy/locks/lock.sh

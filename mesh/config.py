@@ -8,13 +8,15 @@ A configuration is a frozen dataclass whose fields are made with `setting`:
         port: Annotated[int, msgspec.Meta(ge=1, le=65535)] = setting("ROUTER_PORT", "gRPC port", default=7002)
 
 Fields may be str, int, float, bool, tuple[str, ...], Literal, or one of these with constraints or `| None`. An empty
-variable counts as absent. A field may also be a configuration itself: its variables are read as its own class says.
+variable counts as absent. A secret may be in a file instead, whose path is in `<variable>_FILE`. A field may also be a
+configuration itself: its variables are read as its own class says.
 """
 
 import dataclasses
 import enum
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, is_dataclass
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -57,12 +59,14 @@ class Description(NamedTuple):
     type: str
     default: str
     meaning: str
+    secret: bool
 
 
 def setting(variable: str, meaning: str, *, default: Any = MISSING, secret: bool = False) -> Any:
     """A field read from the environment variable `variable`; without a `default` it must be set.
 
-    `meaning` says what it is, with its unit, and what follows from it. A `secret` is shown nowhere, not even in repr().
+    `meaning` says what it is, with its unit, and what follows from it. A `secret` is shown nowhere, not even in repr(),
+    and may be in a file.
     """
     metadata = {"variable": variable, "meaning": meaning, "secret": secret}
     return dataclasses.field(default=default, metadata=metadata, repr=not secret, kw_only=True)
@@ -83,7 +87,11 @@ def load(cls: type[T], environ: Mapping[str, str]) -> T:
             problems.extend(error.problems)
     for field, kind in _fields(cls):
         variable = field.metadata["variable"]
-        raw = environ.get(variable, "").strip()
+        try:
+            raw = _given(variable, environ, field.metadata["secret"])
+        except ConfigError as error:
+            problems.extend(error.problems)
+            continue
         if not raw:
             if field.default is MISSING:
                 problems.append(Problem(variable, _in_words(kind), f"it is not set ({field.metadata['meaning']})"))
@@ -110,6 +118,7 @@ def describe(cls: type) -> list[Description]:
             type=_in_words(kind),
             default="required" if field.default is MISSING else _shown(field.default, field.metadata["secret"]),
             meaning=field.metadata["meaning"],
+            secret=field.metadata["secret"],
         )
         for field, kind in _fields(cls)
     ]
@@ -122,6 +131,25 @@ def show(config: object) -> list[tuple[str, str]]:
         (field.metadata["variable"], _shown(getattr(config, field.name), field.metadata["secret"]))
         for field, _ in _fields(type(config))
     ]
+
+
+def _given(variable: str, environ: Mapping[str, str], secret: bool) -> str:
+    """What the variable holds, or for a secret the file that it is in."""
+    raw = environ.get(variable, "").strip()
+    path = environ.get(f"{variable}_FILE", "").strip() if secret else ""
+    if not path:
+        return raw
+    try:
+        if raw:
+            raise ValueError(f"{variable} is set as well")
+        return Path(path).read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError:
+        wrong = "it is not UTF-8"
+    except OSError as error:
+        wrong = f"{path}: {error.strerror}"
+    except ValueError as error:
+        wrong = str(error)
+    raise ConfigError([Problem(f"{variable}_FILE", "the path of a file", wrong)])
 
 
 def _fields(cls: type) -> list[tuple[dataclasses.Field[Any], Any]]:

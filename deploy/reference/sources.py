@@ -57,12 +57,18 @@ def variables(configurations: Mapping[str, type]) -> str:
         sections[tuple(readers)].append(description)
     said = [
         "`python -m <service> check-config` says what a process makes of its environment, or what is wrong with it.",
+        "A secret may be in a file instead, whose path is in the variable of that name with `_FILE` at its end.",
         "",
     ]
     parts: list[Iterable[str]] = [said]
     for processes, descriptions in sorted(sections.items(), key=lambda section: (-len(section[0]), section[0])):
         rows = [
-            (code(one.variable), text(one.type), code(one.default) if one.default else "", text(one.meaning))
+            (
+                code(one.variable),
+                text(f"{one.type}, secret" if one.secret else one.type),
+                code(one.default) if one.default else "",
+                text(one.meaning),
+            )
             for one in descriptions
         ]
         parts.append([f"## {', '.join(processes)}", "", *table(("Variable", "Type", "Default", ""), rows)])

@@ -18,7 +18,7 @@ from typing import Any
 
 import aiohttp
 
-from tests.deploy.tools import NAMESPACE, Manifest
+from tests.deploy.tools import Manifest
 
 _POLL_S = 0.05
 _LISTENS = "0A"
@@ -86,7 +86,7 @@ class Node:
 
     def __init__(self, folder: Path, secrets: Mapping[str, Mapping[str, str]]) -> None:
         self._folder = folder
-        self._secrets = secrets
+        self._secrets = dict(secrets)
         self._names: dict[str, str] = {}
         self._pods: list[Pod] = []
 
@@ -99,9 +99,13 @@ class Node:
                 pod.process.kill()
                 await pod.process.wait()
 
-    def name(self, service: str, address: str) -> None:
-        """Has the name of a service lead to an address, as the cluster's DNS does."""
-        self._names[f"{service}.{NAMESPACE}.svc.cluster.local"] = address
+    def name(self, host: str, address: str) -> None:
+        """Has a name lead to an address, as the cluster's DNS does."""
+        self._names[host] = address
+
+    def secret(self, name: str, content: Mapping[str, str]) -> None:
+        """Adds a secret."""
+        self._secrets[name] = content
 
     async def start(self, name: str, spec: Manifest, address: str = "127.0.0.1") -> Pod:
         """Starts the only container of a pod."""

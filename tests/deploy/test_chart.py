@@ -78,6 +78,7 @@ def test_whatever_is_chosen_is_valid_kubernetes(values: dict[str, Any], tmp_path
         ({"identity": {"publicUrl": "http://api.example.com"}}, "publicUrl"),
         ({"identity": {"drainSeconds": 301}}, "drainSeconds"),
         ({"tls": {"mode": "secrets"}}, "secrets"),
+        ({"analytics": {"exports": {"enabled": True}}}, "url"),
         ({"publicPaths": ["/metrics"]}, "publicPaths"),
         ({"network": {"peers": {"postgres": {"at": []}}}}, "postgres"),
         ({"network": {"peers": {"postgres": {"at": [{}]}}}}, "postgres"),
@@ -117,7 +118,7 @@ def test_chart_makes_no_secret_and_no_value_is_one(everything: list[Manifest]) -
     assert not of_kind(everything, "Secret")
     for spec in pod_specs(everything).values():
         for variable in container(spec)["env"]:
-            if variable["name"].endswith(("_URL", "_KEY")) and not variable["name"].endswith("PUBLIC_URL"):
+            if variable["name"].endswith(("_URL", "_KEY")) and not variable["name"].endswith(("PUBLIC_URL", "S3_URL")):
                 assert "secretKeyRef" in variable["valueFrom"], variable["name"]
 
 

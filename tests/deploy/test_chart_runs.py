@@ -18,7 +18,7 @@ import pytest
 from deploy.local.certificates import Authority
 from tests.conftest import Servers
 from tests.deploy.node import Node, Pod, spare
-from tests.deploy.tools import Manifest, one, pod_specs, render
+from tests.deploy.tools import NAMESPACE, Manifest, one, pod_specs, render
 from tests.deploy.values import ENGINES
 from tests.doubles.scripted_backend import Answer, ScriptedBackend, chat_document, chunk, sse, usage_chunk
 
@@ -82,7 +82,7 @@ async def platform(servers: Servers, redis_url: str, amqp_url: str, tmp_path: Pa
     async with AsyncExitStack() as stack:
         node = await stack.enter_async_context(Node(tmp_path, secrets))
         for service, address in addresses.items():
-            node.name(f"aiaas-{service}", address)
+            node.name(f"aiaas-{service}.{NAMESPACE}.svc.cluster.local", address)
         # The chart's own order: migrations, then all at once.
         for service in urls:
             migration = await node.start(f"migrate-{service}", specs[f"Job/aiaas-migrate-{service}"])

@@ -7,11 +7,9 @@ from pathlib import Path
 
 import yaml
 
-from tests.deploy.tools import ROOT, render
+from tests.deploy.tools import CHECKOV, ROOT, render
 from tests.deploy.values import EVERYTHING
 
-# It pins a hundred packages, so it has an environment of its own.
-CHECKOV = os.environ.get("AIAAS_CHECKOV", str(ROOT / ".venv-checkov" / "bin" / "checkov"))
 EXCEPTIONS = ROOT / "deploy" / "checkov.yaml"
 DIGEST = "@sha256:" + "0" * 64
 

@@ -1,5 +1,7 @@
-"""Development, staging and production: namespaces with quotas, values that the chart takes, applications of Argo CD."""
+"""Development, staging and production: namespaces with quotas, values that the chart takes, applications of Argo CD;
+and what watches them."""
 
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from tests.deploy.tools import CHART, ROOT, Manifest, binary, of_kind, one, pod_
 ENVIRONMENTS = ("development", "staging", "production")
 OVERLAYS = ROOT / "deploy" / "kustomize" / "overlays"
 ARGO = ROOT / "deploy" / "argocd"
+MONITORING = ("kube-prometheus-stack", "loki", "tempo", "alloy")
+WAVE = "argocd.argoproj.io/sync-wave"
 
 
 def kustomized(environment: str) -> list[Manifest]:
@@ -87,4 +91,50 @@ def test_project_allows_what_the_cluster_is_asked_for(environment: str, tmp_path
 def test_root_makes_all_applications() -> None:
     root = yaml.safe_load((ARGO / "root.yaml").read_text())["spec"]
     folder = ROOT / root["source"]["path"]
-    assert {path.stem for path in folder.iterdir()} == {"project", *ENVIRONMENTS}
+    assert {path.stem for path in folder.iterdir()} == {"project", *ENVIRONMENTS, "monitoring-project", *MONITORING}
+
+
+def application(name: str) -> Manifest:
+    return dict(yaml.safe_load((ARGO / "applications" / f"{name}.yaml").read_text()))
+
+
+@pytest.mark.parametrize("name", MONITORING)
+def test_what_watches_is_a_pinned_chart_with_our_values(name: str) -> None:
+    spec = application(name)["spec"]
+    ours, chart = spec["sources"]
+    assert chart["chart"] == name
+    assert re.fullmatch(r"\d+\.\d+\.\d+", chart["targetRevision"])
+    (file,) = chart["helm"]["valueFiles"]
+    assert yaml.safe_load((ROOT / file.removeprefix(f"${ours['ref']}/")).read_text())
+    project = application("monitoring-project")
+    assert spec["project"] == project["metadata"]["name"]
+    assert spec["destination"] in project["spec"]["destinations"]
+    assert {source["repoURL"] for source in spec["sources"]} <= set(project["spec"]["sourceRepos"])
+
+
+def test_what_watches_is_there_before_what_is_watched() -> None:
+    order = ("monitoring-project", "kube-prometheus-stack", "loki", "tempo", "alloy", "project", "production")
+    waves = [int(application(name)["metadata"].get("annotations", {}).get(WAVE, 0)) for name in order]
+    assert waves == sorted(waves)
+    # The kinds of object that the platform's chart makes are the first chart's.
+    assert waves[1] < waves[-1]
+
+
+def test_what_watches_is_where_the_platform_looks_for_it() -> None:
+    chart = yaml.safe_load((CHART / "values.yaml").read_text())
+    namespace = application("tempo")["spec"]["destination"]["namespace"]
+    for peer in ("monitoring", "traces"):
+        (at,) = chart["network"]["peers"][peer]["at"]
+        assert at["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"] == namespace
+    assert chart["keda"]["prometheus"] == f"http://prometheus-operated.{namespace}.svc:9090"
+    stack = yaml.safe_load((ARGO / "values" / "kube-prometheus-stack.yaml").read_text())
+    assert stack["prometheus"]["prometheusSpec"]["serviceMonitorSelectorNilUsesHelmValues"] is False
+    sidecar = stack["grafana"]["sidecar"]["dashboards"]
+    assert f'"{sidecar["label"]}"' in (CHART / "templates" / "monitoring.yaml").read_text()
+    urls = {source["name"].lower(): source["url"] for source in stack["grafana"]["additionalDataSources"]}
+    for name, port in (("loki", 3100), ("tempo", 3200)):
+        release = yaml.safe_load((ARGO / "values" / f"{name}.yaml").read_text())["fullnameOverride"]
+        assert urls[name] == f"http://{release}.{namespace}.svc:{port}"
+    assert f"{urls['loki']}/loki/api/v1/push" in (ARGO / "values" / "alloy.yaml").read_text()
+    endpoint = yaml.safe_load((OVERLAYS / "production" / "values.yaml").read_text())["tracing"]["endpoint"]
+    assert endpoint == urls["tempo"].replace("3200", "4317")

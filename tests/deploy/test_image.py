@@ -2,6 +2,7 @@
 environment with nothing else, in which every role starts as an ordinary user."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from deploy.local.state import Account, service_account
+from tests.deploy.homes import composed
 from tests.deploy.tools import ROOT
 
 ROLES = ("identity", "router", "analytics", "edge", "gateway")
@@ -112,6 +114,13 @@ def test_migrations_and_scripts_are_in_the_wheel(python: Path, account: Account 
         assert here
 
 
+def test_image_lists_what_it_is_made_of(python: Path) -> None:
+    (command,) = re.findall(r"/opt/aiaas/bin/python (-m deploy\.sbom \S+) > /opt/aiaas/sbom.cdx.json", DOCKERFILE)
+    done = subprocess.run([python, *command.split()], capture_output=True, text=True, check=False, timeout=60, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("pkg:pypi/uvloop@")
+
+
 def test_every_package_of_the_wheel_is_copied_into_the_image() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     packages = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
@@ -129,3 +138,11 @@ def test_every_package_of_the_wheel_is_copied_into_the_image() -> None:
 def test_image_runs_as_nobody_in_particular() -> None:
     users = [line.split()[1] for line in DOCKERFILE.splitlines() if line.startswith("USER ")]
     assert users == ["10001:10001"]
+
+
+def test_image_owns_the_place_of_the_journal() -> None:
+    """A new volume takes the owner of the folder that it is mounted on."""
+    assert "COPY --from=build --chown=10001:10001 /var/lib/aiaas /var/lib/aiaas\n" in DOCKERFILE
+    router = composed()["services"]["router"]
+    assert router["user"] == "10001:10001"
+    assert "journal:/var/lib/aiaas" in router["volumes"]

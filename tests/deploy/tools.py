@@ -3,6 +3,7 @@
 import fcntl
 import functools
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,10 @@ from deploy.local.servers import package_folder
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "deploy" / "helm" / "aiaas"
+# It pins a hundred packages, so it has an environment of its own.
+CHECKOV = os.environ.get("AIAAS_CHECKOV", str(ROOT / ".venv-checkov" / "bin" / "checkov"))
+# Which also has readers of other formats that we check.
+CHECKS_PYTHON = str(Path(CHECKOV).parent / "python")
 NAMESPACE = "aiaas"
 RELEASE = "aiaas"
 

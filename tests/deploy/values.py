@@ -33,6 +33,7 @@ EVERYTHING: dict[str, Any] = {
     "gateway": {"enabled": True},
     "backup": {"enabled": True},
     "tracing": {"endpoint": "http://collector.monitoring:4317"},
+    "analytics": {"exports": {"enabled": True, "url": "https://storage.example.com"}},
     "identity": {"mail": {"enabled": True}, "configurationConfigMap": "organizations"},
     "image": {"digest": "sha256:" + "0" * 64, "pullSecrets": [{"name": "registry"}]},
 }

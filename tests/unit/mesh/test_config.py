@@ -1,6 +1,7 @@
 """Configuration from the environment: read once, checked completely."""
 
 from dataclasses import FrozenInstanceError, dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
@@ -84,6 +85,30 @@ def test_a_secrets_value_is_never_told() -> None:
     assert "hunter2" not in str(show(config))
 
 
+def test_a_secret_may_be_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "url"
+    file.write_text(f"{URL}\n")
+    assert load(Config, {"T_DATABASE_URL_FILE": str(file)}).database_url == URL
+    # What is no secret is in the environment alone.
+    assert load(Config, {"T_DATABASE_URL": URL, "T_NAME_FILE": str(file)}).name == "one"
+
+
+def test_a_secrets_file_that_is_of_no_use_is_named_and_never_told(tmp_path: Path) -> None:
+    file = tmp_path / "url"
+    for environ, wrong in (
+        ({"T_DATABASE_URL_FILE": str(file)}, f"{file}: No such file or directory"),
+        ({"T_DATABASE_URL_FILE": str(file), "T_DATABASE_URL": URL}, "T_DATABASE_URL is set as well"),
+        ({"T_DATABASE_URL_FILE": str(tmp_path)}, f"{tmp_path}: Is a directory"),
+    ):
+        with pytest.raises(ConfigError) as raised:
+            load(Config, environ)
+        assert str(raised.value) == f"T_DATABASE_URL_FILE wants the path of a file: {wrong}"
+    file.write_bytes(b"hunter2\xff")
+    with pytest.raises(ConfigError, match="it is not UTF-8") as raised:
+        load(Config, {"T_DATABASE_URL_FILE": str(file)})
+    assert "hunter2" not in str(raised.value)
+
+
 def test_a_rule_between_variables_is_a_configuration_error() -> None:
     @dataclass(frozen=True)
     class Range:
@@ -107,8 +132,8 @@ def test_a_configuration_cannot_be_changed() -> None:
 def test_variables_describe_themselves() -> None:
     rows = {row.variable: row for row in describe(Config)}
     assert list(rows)[:3] == ["T_DATABASE_URL", "T_NAME", "T_PORT"]
-    assert rows["T_DATABASE_URL"] == ("T_DATABASE_URL", "text", "required", "PostgreSQL")
-    assert rows["T_PORT"] == ("T_PORT", "an integer, at least 1, at most 65535", "7002", "gRPC port")
+    assert rows["T_DATABASE_URL"] == ("T_DATABASE_URL", "text", "required", "PostgreSQL", True)
+    assert rows["T_PORT"] == ("T_PORT", "an integer, at least 1, at most 65535", "7002", "gRPC port", False)
     assert rows["T_REFLECTION"].default == "true"
     assert rows["T_PEERS"].type == "a comma-separated list"
     assert rows["T_ENDPOINT"][1:3] == ("text", "")

@@ -138,6 +138,12 @@ imagePullSecrets:
 {{- define "aiaas.env.analytics" -}}
 {{- with .Values.analytics -}}
 {{ include "aiaas.secretEnv" (list .existingSecret (dict "AIAAS_ANALYTICS_DATABASE_URL" "database-url" "AIAAS_ANALYTICS_AMQP_URL" "amqp-url" "AIAAS_ANALYTICS_REDIS_URL" "redis-url" "AIAAS_ANALYTICS_SECRET_KEY" "secret-key")) }}
+{{- if .exports.enabled }}
+{{- include "aiaas.secretEnv" (list .existingSecret (dict "AIAAS_ANALYTICS_S3_ACCESS_KEY" "s3-access-key" "AIAAS_ANALYTICS_S3_SECRET_KEY" "s3-secret-key")) }}
+- {name: AIAAS_ANALYTICS_S3_URL, value: {{ .exports.url | quote }}}
+- {name: AIAAS_ANALYTICS_S3_BUCKET, value: {{ .exports.bucket | quote }}}
+- {name: AIAAS_ANALYTICS_S3_REGION, value: {{ .exports.region | quote }}}
+{{- end }}
 - {name: AIAAS_ANALYTICS_IDENTITY_TARGET, value: {{ include "aiaas.target" (list $ "identity" 7001) | quote }}}
 - {name: AIAAS_ANALYTICS_ROUTER_TARGET, value: {{ include "aiaas.target" (list $ "router" 7003) | quote }}}
 - {name: AIAAS_ANALYTICS_GRPC_ADDRESS, value: "0.0.0.0:7005"}

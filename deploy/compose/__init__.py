@@ -1,0 +1,1 @@
+"""The platform on one machine with Docker: compose.yaml, and what makes its secrets."""

@@ -1,0 +1,4 @@
+output "firewall_id" {
+  description = "For pools of nodes."
+  value       = linode_firewall.this.id
+}
