@@ -9,6 +9,8 @@ from aiaas.analytics.v1 import (
     event_service_pb2_grpc,
     export_service_pb2,
     export_service_pb2_grpc,
+    ingestion_service_pb2,
+    ingestion_service_pb2_grpc,
     reconciliation_service_pb2,
     reconciliation_service_pb2_grpc,
     usage_service_pb2,
@@ -37,6 +39,8 @@ from analytics.export_service import ExportService
 from analytics.export_store import ExportStore
 from analytics.exporter import Exporter
 from analytics.freshness import Marks
+from analytics.ingestion import Ingestion
+from analytics.ingestion_service import IngestionService
 from analytics.object_storage import Storage
 from analytics.partitions import keep_partitions
 from analytics.platform_events import EventConsumer
@@ -105,6 +109,7 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
         consumer = Consumer(store, broker, USAGE, clock, config.batch_size)
         marks = Marks(broker, USAGE.name, store, clock)
         metrics.LAG_SECONDS.set_function(marks.lag_s)
+        ingestion = Ingestion(broker, USAGE, consumer, clock)
         usage_service = UsageService(store, clock)
 
         reconciliations = ReconciliationStore(database)
@@ -161,6 +166,11 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
                     export_service_pb2_grpc.add_ExportServiceServicer_to_server,
                     ExportService(exports, storage, exporter, clock),
                 ),
+                (
+                    ingestion_service_pb2.DESCRIPTOR.services_by_name["IngestionService"],
+                    ingestion_service_pb2_grpc.add_IngestionServiceServicer_to_server,
+                    IngestionService(ingestion, store, clock),
+                ),
             ],
             chain(authenticator, signatures=signatures, decider=decider, traced=config.otlp_endpoint is not None),
             reflect=config.reflection,
@@ -179,6 +189,7 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
                 tasks.create_task(sender.run(), name="webhooks"),
                 tasks.create_task(keep_clean(events, webhook_store, clock), name="retention"),
                 tasks.create_task(reconciler.run(), name="reconciler"),
+                tasks.create_task(ingestion.run(), name="ingestion"),
                 tasks.create_task(listen(redis, authenticator), name="revocations"),
                 tasks.create_task(watch(identity_auth, authenticator), name="watched revocations"),
             ]
