@@ -35,6 +35,10 @@ WEBHOOK_PENDING = Gauge(
     "aiaas_webhook_pending", "Deliveries that are not accepted yet, of all processes together; ten seconds old at most."
 )
 
+STATEMENTS = Counter(
+    "aiaas_analytics_statements_total", "Statements by what became of them: issued, failed.", ["outcome"]
+)
+
 RECONCILIATION_DIFFERENCES = Gauge(
     "aiaas_reconciliation_differences",
     "Lines on which another record (journal, ledger, engines) and analytics differ, in the last hour compared.",

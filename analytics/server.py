@@ -13,6 +13,8 @@ from aiaas.analytics.v1 import (
     ingestion_service_pb2_grpc,
     reconciliation_service_pb2,
     reconciliation_service_pb2_grpc,
+    statement_service_pb2,
+    statement_service_pb2_grpc,
     usage_service_pb2,
     usage_service_pb2_grpc,
     webhook_service_pb2,
@@ -48,6 +50,11 @@ from analytics.reconciler import Reconciler
 from analytics.reconciliation_service import ReconciliationService
 from analytics.reconciliation_sources import Sources
 from analytics.reconciliation_store import ReconciliationStore
+from analytics.statement_issuer import StatementIssuer
+from analytics.statement_keys import StatementKeys
+from analytics.statement_service import StatementService
+from analytics.statement_store import StatementStore
+from analytics.statement_verifier import StatementVerifier
 from analytics.store import UsageStore
 from analytics.usage_service import UsageService
 from analytics.webhook_sender import Poster, Sender
@@ -138,6 +145,11 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
         exports, storage = ExportStore(database), storage_of(config)
         exporter = Exporter(exports, storage, clock) if storage else None
 
+        statements = StatementStore(database)
+        statement_keys = StatementKeys(statements, seal, clock)
+        issuer = StatementIssuer(statements, store, statement_keys, clock)
+        verifier = StatementVerifier(statements, statement_keys, clock)
+
         grpc_server = GrpcServer(
             config.grpc_address,
             [
@@ -171,6 +183,11 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
                     ingestion_service_pb2_grpc.add_IngestionServiceServicer_to_server,
                     IngestionService(ingestion, store, clock),
                 ),
+                (
+                    statement_service_pb2.DESCRIPTOR.services_by_name["StatementService"],
+                    statement_service_pb2_grpc.add_StatementServiceServicer_to_server,
+                    StatementService(statements, issuer, verifier),
+                ),
             ],
             chain(authenticator, signatures=signatures, decider=decider, traced=config.otlp_endpoint is not None),
             reflect=config.reflection,
@@ -190,6 +207,7 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
                 tasks.create_task(keep_clean(events, webhook_store, clock), name="retention"),
                 tasks.create_task(reconciler.run(), name="reconciler"),
                 tasks.create_task(ingestion.run(), name="ingestion"),
+                tasks.create_task(issuer.run(), name="statements"),
                 tasks.create_task(listen(redis, authenticator), name="revocations"),
                 tasks.create_task(watch(identity_auth, authenticator), name="watched revocations"),
             ]
