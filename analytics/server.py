@@ -37,6 +37,7 @@ from analytics.consumer import Consumer
 from analytics.event_retention import keep_clean
 from analytics.event_service import EventService
 from analytics.event_store import EventStore
+from analytics.events import AGE
 from analytics.export_service import ExportService
 from analytics.export_store import ExportStore
 from analytics.exporter import Exporter
@@ -147,8 +148,8 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
 
         statements = StatementStore(database)
         statement_keys = StatementKeys(statements, seal, clock)
-        issuer = StatementIssuer(statements, store, statement_keys, clock)
-        verifier = StatementVerifier(statements, statement_keys, clock)
+        issuer = StatementIssuer(statements, store, statement_keys, clock, AGE)
+        verifier = StatementVerifier(statements, statement_keys, clock, AGE)
 
         grpc_server = GrpcServer(
             config.grpc_address,

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from analytics import metrics
-from analytics.events import AGE
 from analytics.statement_keys import StatementKeys
 from analytics.statement_store import Issuing, StatementStore
 from analytics.statements import (
@@ -72,7 +71,7 @@ class StatementIssuer:
     """Works until it is cancelled. Raw usage is there for `raw_kept`; older months are left as they were stated."""
 
     def __init__(
-        self, store: StatementStore, usage: UsageStore, keys: StatementKeys, clock: Clock, *, raw_kept: timedelta = AGE
+        self, store: StatementStore, usage: UsageStore, keys: StatementKeys, clock: Clock, raw_kept: timedelta
     ) -> None:
         self._store = store
         self._usage = usage
@@ -99,6 +98,8 @@ class StatementIssuer:
         if not await self._is_counted(due):
             logger.warning("statements of %s wait: its usage is not all counted yet", due)
             return False
+        if due < kept_since(self._clock.now(), self._raw_kept):
+            logger.error("no statements of %s: single usage events are not kept for long enough", due)
         left = 0
         for organization_id in await self._store.organizations():
             try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 
-from analytics.events import AGE
 from analytics.statement_issuer import sums_of
 from analytics.statement_keys import StatementKeys
 from analytics.statement_store import StatementStore
@@ -36,7 +35,7 @@ class Verdict:
 class StatementVerifier:
     """Looks at what is stored. Raw usage is there for `raw_kept`."""
 
-    def __init__(self, store: StatementStore, keys: StatementKeys, clock: Clock, *, raw_kept: timedelta = AGE) -> None:
+    def __init__(self, store: StatementStore, keys: StatementKeys, clock: Clock, raw_kept: timedelta) -> None:
         self._store = store
         self._keys = keys
         self._clock = clock

@@ -22,7 +22,7 @@ from google.protobuf.message import Message
 from aiaas.analytics.v1 import statement_service_pb2 as pb
 from aiaas.analytics.v1 import statement_service_pb2_grpc
 from aiaas.type.v1.usage_event_pb2 import Outcome, PriceSnapshot, TokenUsage, UsageEvent
-from analytics.events import read_event
+from analytics.events import AGE, read_event
 from analytics.statement_issuer import StatementIssuer
 from analytics.statement_keys import StatementKeys
 from analytics.statement_service import StatementService
@@ -162,14 +162,14 @@ def month_of_usage(start: datetime, number: int = 60, seed: int = 1) -> list[Usa
 def issuing(database: Database, clock: ManualClock, secret_key: str = SECRET_KEY) -> StatementIssuer:
     """An issuer as another process has it."""
     store = StatementStore(database)
-    return StatementIssuer(store, UsageStore(database), StatementKeys(store, Seal(secret_key), clock), clock)
+    return StatementIssuer(store, UsageStore(database), StatementKeys(store, Seal(secret_key), clock), clock, AGE)
 
 
 @asynccontextmanager
 async def serving(database: Database, folder: Path, secret_key: str = SECRET_KEY) -> AsyncIterator[Statements]:
     clock, store = ManualClock(NOVEMBER + timedelta(days=2)), StatementStore(database)
     issuer = issuing(database, clock, secret_key)
-    verifier = StatementVerifier(store, StatementKeys(store, Seal(secret_key), clock), clock)
+    verifier = StatementVerifier(store, StatementKeys(store, Seal(secret_key), clock), clock, AGE)
     server = GrpcServer(
         f"unix:{folder}/analytics",
         [
