@@ -42,7 +42,8 @@ class AnalyticsConfig:
     )
     secret_key: Annotated[str, msgspec.Meta(pattern=KEY_PATTERN)] = setting(
         "AIAAS_ANALYTICS_SECRET_KEY",
-        "base64 of 32 random bytes, by which the secrets of webhooks are encrypted; without it they must be rotated",
+        "base64 of 32 random bytes, by which the secrets of webhooks and the keys of statements are encrypted; without"
+        " it the former must be rotated, and older statements are verified by whoever kept their public key",
         secret=True,
     )
     webhook_allow_private: bool = setting(

@@ -28,12 +28,14 @@ logger = logging.getLogger(__name__)
 
 # Routers put up to 500 events and 256 KiB into one; the broker sends twice as many ahead.
 _MESSAGES = 8
+_MESSAGES_IN_MEAN = 100
 _WAIT_S = 0.1
 _PUBLISH_TIMEOUT_S = 5.0
 
 
 class Consumer:
-    """Counts what arrives in a queue; one transaction takes `batch_size` events at most."""
+    """Counts what arrives in a queue; one transaction takes `batch_size` events at most. `events_per_message` is a mean
+    over the last hundred messages or so."""
 
     def __init__(self, store: UsageStore, broker: Broker, queue: Queue, clock: Clock, batch_size: int) -> None:
         self._store = store
@@ -41,6 +43,7 @@ class Consumer:
         self._queue = queue
         self._clock = clock
         self._batch_size = batch_size
+        self.events_per_message = 1.0
 
     async def run(self) -> None:
         """Take what arrives until cancelled."""
@@ -53,6 +56,8 @@ class Consumer:
         """
         with metrics.BATCH_SECONDS.time():
             messages = _Messages(bodies, self._clock.now())
+            for size in messages.sizes.values():
+                self.events_per_message += (size - self.events_per_message) / _MESSAGES_IN_MEAN
             for start in range(0, len(messages.events), self._batch_size):
                 for position, event in await self._insert(messages.events[start : start + self._batch_size]):
                     messages.refuse(position, event.body, "PostgreSQL refuses a value")
@@ -81,12 +86,12 @@ class Consumer:
 
 class _Messages:
     """What lies in some messages. `events` are what may be counted, each with the position of its message; `marks`
-    the times of marks."""
+    the times of marks; `sizes` the numbers of events in all other messages, by position."""
 
     def __init__(self, bodies: Sequence[bytes], now: datetime) -> None:
         self.events: list[tuple[int, Event]] = []
         self.marks: list[datetime] = []
-        self._sizes: dict[int, int] = {}
+        self.sizes: dict[int, int] = {}
         self._bad: defaultdict[int, list[bytes]] = defaultdict(list)
         self._wrongs = Counter[str]()
         for position, body in enumerate(bodies):
@@ -99,10 +104,10 @@ class _Messages:
         try:
             events = read_batch(body)
         except UnacceptableEvent as error:
-            self._sizes[position] = 1
+            self.sizes[position] = 1
             self.refuse(position, body, str(error))
             return
-        self._sizes[position] = len(events)
+        self.sizes[position] = len(events)
         for event in events:
             try:
                 self.events.append((position, read_event(event, now)))
@@ -116,11 +121,11 @@ class _Messages:
 
     def refused(self) -> set[int]:
         """The positions of messages of which nothing can be counted."""
-        return {position for position, bad in self._bad.items() if len(bad) == self._sizes[position]}
+        return {position for position, bad in self._bad.items() if len(bad) == self.sizes[position]}
 
     def mixed(self) -> list[list[bytes]]:
         """What cannot be counted of each message of which something can."""
-        return [bad for position, bad in self._bad.items() if len(bad) < self._sizes[position]]
+        return [bad for position, bad in self._bad.items() if len(bad) < self.sizes[position]]
 
     def report(self) -> None:
         """Tell operators what cannot be counted, once for many."""

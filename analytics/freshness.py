@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Protocol
 
+from aiaas.analytics.v1 import usage_service_pb2
 from aiaas.analytics.v1.usage_service_pb2 import FreshnessState
 from mesh.clock import Clock
 from mesh.errors import PlatformError
@@ -64,6 +65,15 @@ class Freshness:
         if self.lag < STALE:
             return FreshnessState.FRESHNESS_STATE_FRESH
         return FreshnessState.FRESHNESS_STATE_STALE if self.lag < DELAYED else FreshnessState.FRESHNESS_STATE_DELAYED
+
+
+def freshness_message(freshness: Freshness) -> usage_service_pb2.Freshness:
+    """How fresh an answer is, as it travels."""
+    message = usage_service_pb2.Freshness(state=freshness.state)
+    if freshness.complete_until is not None and freshness.lag is not None:
+        message.complete_until.FromDatetime(freshness.complete_until)
+        message.lag.FromTimedelta(freshness.lag)
+    return message
 
 
 def write_mark(moment: datetime) -> bytes:

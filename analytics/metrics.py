@@ -13,6 +13,13 @@ BATCH_SECONDS = Histogram(
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
 )
 LAG_SECONDS = Gauge("aiaas_analytics_lag_seconds", "Seconds since usage was last known to be complete; NaN if never.")
+QUEUED_EVENTS = Gauge(
+    "aiaas_analytics_queued_events", "Usage events that wait in the queue, about; NaN while the broker is away."
+)
+DEAD_LETTERED_EVENTS = Gauge(
+    "aiaas_analytics_dead_lettered_events", "Usage events that were put aside, at least; NaN while the broker is away."
+)
+CONSUMERS = Gauge("aiaas_analytics_consumers", "Processes that take usage events; NaN while the broker is away.")
 
 PLATFORM_EVENTS = Counter(
     "aiaas_platform_events_total",
@@ -26,6 +33,10 @@ WEBHOOK_DELIVERIES = Counter(
 )
 WEBHOOK_PENDING = Gauge(
     "aiaas_webhook_pending", "Deliveries that are not accepted yet, of all processes together; ten seconds old at most."
+)
+
+STATEMENTS = Counter(
+    "aiaas_analytics_statements_total", "Statements by what became of them: issued, failed.", ["outcome"]
 )
 
 RECONCILIATION_DIFFERENCES = Gauge(

@@ -9,8 +9,12 @@ from aiaas.analytics.v1 import (
     event_service_pb2_grpc,
     export_service_pb2,
     export_service_pb2_grpc,
+    ingestion_service_pb2,
+    ingestion_service_pb2_grpc,
     reconciliation_service_pb2,
     reconciliation_service_pb2_grpc,
+    statement_service_pb2,
+    statement_service_pb2_grpc,
     usage_service_pb2,
     usage_service_pb2_grpc,
     webhook_service_pb2,
@@ -33,10 +37,13 @@ from analytics.consumer import Consumer
 from analytics.event_retention import keep_clean
 from analytics.event_service import EventService
 from analytics.event_store import EventStore
+from analytics.events import AGE
 from analytics.export_service import ExportService
 from analytics.export_store import ExportStore
 from analytics.exporter import Exporter
 from analytics.freshness import Marks
+from analytics.ingestion import Ingestion
+from analytics.ingestion_service import IngestionService
 from analytics.object_storage import Storage
 from analytics.partitions import keep_partitions
 from analytics.platform_events import EventConsumer
@@ -44,6 +51,11 @@ from analytics.reconciler import Reconciler
 from analytics.reconciliation_service import ReconciliationService
 from analytics.reconciliation_sources import Sources
 from analytics.reconciliation_store import ReconciliationStore
+from analytics.statement_issuer import StatementIssuer
+from analytics.statement_keys import StatementKeys
+from analytics.statement_service import StatementService
+from analytics.statement_store import StatementStore
+from analytics.statement_verifier import StatementVerifier
 from analytics.store import UsageStore
 from analytics.usage_service import UsageService
 from analytics.webhook_sender import Poster, Sender
@@ -105,6 +117,7 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
         consumer = Consumer(store, broker, USAGE, clock, config.batch_size)
         marks = Marks(broker, USAGE.name, store, clock)
         metrics.LAG_SECONDS.set_function(marks.lag_s)
+        ingestion = Ingestion(broker, USAGE, consumer, clock)
         usage_service = UsageService(store, clock)
 
         reconciliations = ReconciliationStore(database)
@@ -132,6 +145,11 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
 
         exports, storage = ExportStore(database), storage_of(config)
         exporter = Exporter(exports, storage, clock) if storage else None
+
+        statements = StatementStore(database)
+        statement_keys = StatementKeys(statements, seal, clock)
+        issuer = StatementIssuer(statements, store, statement_keys, clock, AGE)
+        verifier = StatementVerifier(statements, statement_keys, clock, AGE)
 
         grpc_server = GrpcServer(
             config.grpc_address,
@@ -161,6 +179,16 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
                     export_service_pb2_grpc.add_ExportServiceServicer_to_server,
                     ExportService(exports, storage, exporter, clock),
                 ),
+                (
+                    ingestion_service_pb2.DESCRIPTOR.services_by_name["IngestionService"],
+                    ingestion_service_pb2_grpc.add_IngestionServiceServicer_to_server,
+                    IngestionService(ingestion, store, clock),
+                ),
+                (
+                    statement_service_pb2.DESCRIPTOR.services_by_name["StatementService"],
+                    statement_service_pb2_grpc.add_StatementServiceServicer_to_server,
+                    StatementService(statements, issuer, verifier),
+                ),
             ],
             chain(authenticator, signatures=signatures, decider=decider, traced=config.otlp_endpoint is not None),
             reflect=config.reflection,
@@ -179,6 +207,8 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
                 tasks.create_task(sender.run(), name="webhooks"),
                 tasks.create_task(keep_clean(events, webhook_store, clock), name="retention"),
                 tasks.create_task(reconciler.run(), name="reconciler"),
+                tasks.create_task(ingestion.run(), name="ingestion"),
+                tasks.create_task(issuer.run(), name="statements"),
                 tasks.create_task(listen(redis, authenticator), name="revocations"),
                 tasks.create_task(watch(identity_auth, authenticator), name="watched revocations"),
             ]

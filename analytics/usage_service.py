@@ -10,7 +10,7 @@ from aiaas.analytics.v1 import usage_service_pb2, usage_service_pb2_grpc
 from aiaas.analytics.v1.usage_service_pb2 import UsageDimension, UsageTotals
 from aiaas.type.v1.usage_event_pb2 import Endpoint, Outcome, UsageEvent
 from analytics.charges import explain
-from analytics.freshness import Freshness
+from analytics.freshness import Freshness, freshness_message
 from analytics.store import UsageStore
 from analytics.usage import (
     Bucket,
@@ -83,12 +83,7 @@ class UsageService(usage_service_pb2_grpc.UsageServiceServicer):
 
     async def _freshness(self) -> usage_service_pb2.Freshness:
         """Read before the sums, so that it never promises more than they hold."""
-        freshness = Freshness(await self._store.complete_until(), self._clock.now())
-        message = usage_service_pb2.Freshness(state=freshness.state)
-        if freshness.complete_until is not None and freshness.lag is not None:
-            message.complete_until.FromDatetime(freshness.complete_until)
-            message.lag.FromTimedelta(freshness.lag)
-        return message
+        return freshness_message(Freshness(await self._store.complete_until(), self._clock.now()))
 
 
 def _bucket_message(query: UsageQuery) -> Callable[[Bucket], usage_service_pb2.UsageBucket]:

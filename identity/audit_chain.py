@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from enum import StrEnum
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from mesh.signing import Signer, canonical, has_signed, written
 
 KEYS_PATTERN = r"^[A-Za-z0-9+/]{43}=(,[A-Za-z0-9+/]{43}=)*$"
 """The form of the keys in a configuration: base64 of 32 bytes each."""
@@ -79,13 +76,13 @@ class AuditEntry:
     def digest(self) -> bytes:
         """The hash that the entry must have."""
         content = [
-            *(self.audit_entry_id, self.organization_id, self.sequence, _written(self.event_time)),
+            *(self.audit_entry_id, self.organization_id, self.sequence, written(self.event_time)),
             *(self.principal_kind, self.principal_id, self.api_key_id, self.method, self.permission),
             *(self.resource_type, self.resource_id, self.outcome.value, self.reason),
             [[change.field, change.before_json, change.after_json] for change in self.changes],
             *(self.request_id, self.client_address),
         ]
-        return hashlib.sha256(self.previous_hash + _canonical(content)).digest()
+        return hashlib.sha256(self.previous_hash + canonical(content)).digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +99,8 @@ class AuditCheckpoint:
 
     def signed(self) -> bytes:
         """What the signature is over."""
-        told = [self.organization_id, self.sequence, self.hash.hex(), _written(self.create_time)]
-        return _CHECKPOINT_SIGNED + _canonical(told)
+        told = [self.organization_id, self.sequence, self.hash.hex(), written(self.create_time)]
+        return _CHECKPOINT_SIGNED + canonical(told)
 
 
 class AuditKeys:
@@ -111,27 +108,25 @@ class AuditKeys:
     separated by commas, the one that signs first."""
 
     def __init__(self, keys: str) -> None:
-        private = [
-            Ed25519PrivateKey.from_private_bytes(base64.b64decode(key, validate=True)) for key in keys.split(",")
-        ]
-        self._private = private[0]
-        self._public: Mapping[str, Ed25519PublicKey] = {_id_of(key.public_key()): key.public_key() for key in private}
-        self.key_id = _id_of(self._private.public_key())
+        signers = [Signer(base64.b64decode(key, validate=True)) for key in keys.split(",")]
+        self._signer = signers[0]
+        self._public = {signer.key_id: signer.public_key for signer in signers}
+        self.key_id = self._signer.key_id
 
     def public_keys(self) -> dict[str, bytes]:
         """The raw public keys by their ids, 32 bytes each."""
-        return {key_id: _raw(key) for key_id, key in self._public.items()}
+        return dict(self._public)
 
     def chained(self, entry: AuditEntry, sequence: int, previous_hash: bytes) -> AuditEntry:
         """The entry at its place in a chain, hashed and signed."""
         placed = replace(entry, sequence=sequence, previous_hash=previous_hash)
         digest = placed.digest()
-        return replace(placed, hash=digest, key_id=self.key_id, signature=self._private.sign(_ENTRY_SIGNED + digest))
+        return replace(placed, hash=digest, key_id=self.key_id, signature=self._signer.sign(_ENTRY_SIGNED + digest))
 
     def sign(self, checkpoint: AuditCheckpoint) -> AuditCheckpoint:
         """The checkpoint with its signature."""
         keyed = replace(checkpoint, key_id=self.key_id)
-        return replace(keyed, signature=self._private.sign(keyed.signed()))
+        return replace(keyed, signature=self._signer.sign(keyed.signed()))
 
     def has_signed_entry(self, entry: AuditEntry) -> bool:
         """Whether one of the keys signed the entry's hash."""
@@ -143,13 +138,7 @@ class AuditKeys:
 
     def _has_signed(self, key_id: str, signature: bytes, signed: bytes) -> bool:
         key = self._public.get(key_id)
-        if key is None:
-            return False
-        try:
-            key.verify(signature, signed)
-        except InvalidSignature:
-            return False
-        return True
+        return key is not None and has_signed(key, signature, signed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,19 +213,3 @@ class ChainWalk:
                     expected, f"It is not the one that checkpoint {checkpoint.audit_checkpoint_id} was signed over."
                 )
         return None
-
-
-def _canonical(content: Sequence[object]) -> bytes:
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def _written(moment: datetime) -> str:
-    return moment.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-
-
-def _raw(key: Ed25519PublicKey) -> bytes:
-    return key.public_bytes(Encoding.Raw, PublicFormat.Raw)
-
-
-def _id_of(key: Ed25519PublicKey) -> str:
-    return hashlib.sha256(_raw(key)).hexdigest()[:16]

@@ -116,7 +116,7 @@ REQUESTS: dict[str, list[dict[str, Any]]] = {
 
 # Ids of what none of the organizations here has, or that name nothing of an organization.
 ABSENT = {
-    *("webhook_delivery_id", "budget_lease_id", "event_id", "reconciliation_id", "statement_id"),
+    *("webhook_delivery_id", "budget_lease_id", "event_id", "reconciliation_id"),
     *("model_id", "backend_id", "session_id", "oauth_grant_id", "request_id"),
 }
 

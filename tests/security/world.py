@@ -233,8 +233,21 @@ class _Builder:
             },
         )
         ids["export_id"] = export["export"]["export_id"]
+        ids["statement_id"] = await self._statement(tenant)
         entries = await self._make(tenant, "AuditService/ListAuditEntries")
         ids["audit_entry_id"] = entries["audit_entries"][0]["audit_entry_id"]
+
+    async def _statement(self, tenant: Tenant) -> str:
+        """The statement of last month, once analytics says that its usage is counted: some seconds after it started."""
+        before = datetime.now(UTC).replace(day=1) - timedelta(days=1)
+        request = {"organization_id": tenant.organization_id, "year": before.year, "month": before.month}
+        async with asyncio.timeout(30):
+            while True:
+                answer = await self._caller.call("StatementService/IssueStatement", request, self._stack.platform_key)
+                if answer.message is not None:
+                    return str(answer.message.statement.statement_id)  # type: ignore[attr-defined]
+                assert answer.reason == "failed_precondition", answer.told
+                await asyncio.sleep(0.2)
 
     async def _new_key(self, tenant: Tenant, **fields: Any) -> dict[str, Any]:
         return await self._make(tenant, "ApiKeyService/CreateApiKey", api_key={"display_name": "Key", **fields})

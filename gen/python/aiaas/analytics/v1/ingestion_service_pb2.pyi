@@ -45,9 +45,9 @@ class GetIngestionStatusResponse(_message.Message):
     CONSUMERS_FIELD_NUMBER: _builtins.int
     FRESHNESS_FIELD_NUMBER: _builtins.int
     queued_events: _builtins.int
-    """Events that wait in the queue."""
+    """Events that wait in the queue, about: its messages, times the events that each of those before them held."""
     dead_lettered_events: _builtins.int
-    """Events that were put aside."""
+    """Events that were put aside, at least: a message that holds several counts as one until it is replayed."""
     consumers: _builtins.int
     """Consumers that are connected."""
     @_builtins.property
@@ -78,7 +78,7 @@ class ReplayDeadLettersRequest(_message.Message):
 
     LIMIT_FIELD_NUMBER: _builtins.int
     limit: _builtins.int
-    """At most so many; 0 means all."""
+    """At most so many; 0 means all that are there now."""
     def __init__(
         self,
         *,
@@ -100,7 +100,7 @@ class ReplayDeadLettersResponse(_message.Message):
 
     REPLAYED_FIELD_NUMBER: _builtins.int
     replayed: _builtins.int
-    """How many."""
+    """How many. Fewer than asked for when time ran out; then call again."""
     def __init__(
         self,
         *,

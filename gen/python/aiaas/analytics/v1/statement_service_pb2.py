@@ -26,7 +26,7 @@ from aiaas.type.v1 import options_pb2 as aiaas_dot_type_dot_v1_dot_options__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*aiaas/analytics/v1/statement_service.proto\x12\x12\x61iaas.analytics.v1\x1a\x1b\x61iaas/type/v1/options.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb7\x02\n\tStatement\x12\x14\n\x0cstatement_id\x18\x01 \x01(\t\x12\x17\n\x0forganization_id\x18\x02 \x01(\t\x12\x0c\n\x04year\x18\x03 \x01(\x05\x12\r\n\x05month\x18\x04 \x01(\x05\x12\r\n\x05lines\x18\x05 \x01(\x05\x12\x10\n\x08requests\x18\x06 \x01(\x03\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x03\x12\x19\n\x11\x63ompletion_tokens\x18\x08 \x01(\x03\x12\x13\n\x0b\x63ost_micros\x18\t \x01(\x03\x12.\n\nissue_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rprevious_hash\x18\x0b \x01(\x0c\x12\x0c\n\x04hash\x18\x0c \x01(\x0c\x12\x0e\n\x06key_id\x18\r \x01(\t\x12\x11\n\tsignature\x18\x0e \x01(\x0c\"\xb0\x02\n\rStatementLine\x12\x13\n\x0bline_number\x18\x01 \x01(\x05\x12\x33\n\x04kind\x18\x02 \x01(\x0e\x32%.aiaas.analytics.v1.StatementLineKind\x12\x0c\n\x04year\x18\x03 \x01(\x05\x12\r\n\x05month\x18\x04 \x01(\x05\x12\x12\n\napi_key_id\x18\x05 \x01(\t\x12\r\n\x05model\x18\x06 \x01(\t\x12\x10\n\x08price_id\x18\x07 \x01(\t\x12\x10\n\x08requests\x18\x08 \x01(\x03\x12\x15\n\rprompt_tokens\x18\t \x01(\x03\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\n \x01(\x03\x12\x19\n\x11\x63ompletion_tokens\x18\x0b \x01(\x03\x12\x13\n\x0b\x63ost_micros\x18\x0c \x01(\x03\x12\x0c\n\x04hash\x18\r \x01(\x0c\"D\n\x13GetStatementRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12\x14\n\x0cstatement_id\x18\x02 \x01(\t\"H\n\x14GetStatementResponse\x12\x30\n\tstatement\x18\x01 \x01(\x0b\x32\x1d.aiaas.analytics.v1.Statement\"W\n\x15ListStatementsRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"d\n\x16ListStatementsResponse\x12\x31\n\nstatements\x18\x01 \x03(\x0b\x32\x1d.aiaas.analytics.v1.Statement\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"q\n\x19ListStatementLinesRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12\x14\n\x0cstatement_id\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\"q\n\x1aListStatementLinesResponse\x12:\n\x0fstatement_lines\x18\x01 \x03(\x0b\x32!.aiaas.analytics.v1.StatementLine\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"G\n\x16VerifyStatementRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12\x14\n\x0cstatement_id\x18\x02 \x01(\t\"i\n\x17VerifyStatementResponse\x12\x0e\n\x06intact\x18\x01 \x01(\x08\x12\x12\n\nrecomputed\x18\x02 \x01(\x08\x12\x19\n\x11\x66irst_broken_line\x18\x03 \x01(\x05\x12\x0f\n\x07problem\x18\x04 \x01(\t\"M\n\x15IssueStatementRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12\x0c\n\x04year\x18\x02 \x01(\x05\x12\r\n\x05month\x18\x03 \x01(\x05\"J\n\x16IssueStatementResponse\x12\x30\n\tstatement\x18\x01 \x01(\x0b\x32\x1d.aiaas.analytics.v1.Statement*{\n\x11StatementLineKind\x12#\n\x1fSTATEMENT_LINE_KIND_UNSPECIFIED\x10\x00\x12\x1d\n\x19STATEMENT_LINE_KIND_USAGE\x10\x01\x12\"\n\x1eSTATEMENT_LINE_KIND_CORRECTION\x10\x02\x32\xb0\x08\n\x10StatementService\x12\xca\x01\n\x0cGetStatement\x12\'.aiaas.analytics.v1.GetStatementRequest\x1a(.aiaas.analytics.v1.GetStatementResponse\"g\x90\x02\x01\xaa\xd4\x18`\n\x0estatements.get*N\n\x03GET\x12G/analytics/v1/organizations/{organization_id}/statements/{statement_id}\x12\xc2\x01\n\x0eListStatements\x12).aiaas.analytics.v1.ListStatementsRequest\x1a*.aiaas.analytics.v1.ListStatementsResponse\"Y\x90\x02\x01\xaa\xd4\x18R\n\x0fstatements.list*?\n\x03GET\x12\x38/analytics/v1/organizations/{organization_id}/statements\x12\xe2\x01\n\x12ListStatementLines\x12-.aiaas.analytics.v1.ListStatementLinesRequest\x1a..aiaas.analytics.v1.ListStatementLinesResponse\"m\x90\x02\x01\xaa\xd4\x18\x66\n\x0estatements.get*T\n\x03GET\x12M/analytics/v1/organizations/{organization_id}/statements/{statement_id}/lines\x12\xdd\x01\n\x0fVerifyStatement\x12*.aiaas.analytics.v1.VerifyStatementRequest\x1a+.aiaas.analytics.v1.VerifyStatementResponse\"q\x90\x02\x01\xaa\xd4\x18j\n\x11statements.verify*U\n\x03GET\x12N/analytics/v1/organizations/{organization_id}/statements/{statement_id}:verify\x12\xc4\x01\n\x0eIssueStatement\x12).aiaas.analytics.v1.IssueStatementRequest\x1a*.aiaas.analytics.v1.IssueStatementResponse\"[\xaa\xd4\x18W\n\x10statements.issue*C\n\x04POST\x12\x38/analytics/v1/organizations/{organization_id}/statements\x1a\x01*b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*aiaas/analytics/v1/statement_service.proto\x12\x12\x61iaas.analytics.v1\x1a\x1b\x61iaas/type/v1/options.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb7\x02\n\tStatement\x12\x14\n\x0cstatement_id\x18\x01 \x01(\t\x12\x17\n\x0forganization_id\x18\x02 \x01(\t\x12\x0c\n\x04year\x18\x03 \x01(\x05\x12\r\n\x05month\x18\x04 \x01(\x05\x12\r\n\x05lines\x18\x05 \x01(\x05\x12\x10\n\x08requests\x18\x06 \x01(\x03\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x03\x12\x19\n\x11\x63ompletion_tokens\x18\x08 \x01(\x03\x12\x13\n\x0b\x63ost_micros\x18\t \x01(\x03\x12.\n\nissue_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rprevious_hash\x18\x0b \x01(\x0c\x12\x0c\n\x04hash\x18\x0c \x01(\x0c\x12\x0e\n\x06key_id\x18\r \x01(\t\x12\x11\n\tsignature\x18\x0e \x01(\x0c\"\xc3\x02\n\rStatementLine\x12\x13\n\x0bline_number\x18\x01 \x01(\x05\x12\x33\n\x04kind\x18\x02 \x01(\x0e\x32%.aiaas.analytics.v1.StatementLineKind\x12\x0c\n\x04year\x18\x03 \x01(\x05\x12\r\n\x05month\x18\x04 \x01(\x05\x12\x12\n\napi_key_id\x18\x05 \x01(\t\x12\r\n\x05model\x18\x06 \x01(\t\x12\x10\n\x08price_id\x18\x07 \x01(\t\x12\x10\n\x08requests\x18\x08 \x01(\x03\x12\x15\n\rprompt_tokens\x18\t \x01(\x03\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\n \x01(\x03\x12\x19\n\x11\x63ompletion_tokens\x18\x0b \x01(\x03\x12\x13\n\x0b\x63ost_micros\x18\x0c \x01(\x03\x12\x0c\n\x04hash\x18\r \x01(\x0c\x12\x11\n\tsignature\x18\x0e \x01(\x0c\"D\n\x13GetStatementRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12\x14\n\x0cstatement_id\x18\x02 \x01(\t\"\\\n\x14GetStatementResponse\x12\x30\n\tstatement\x18\x01 \x01(\x0b\x32\x1d.aiaas.analytics.v1.Statement\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\"W\n\x15ListStatementsRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"d\n\x16ListStatementsResponse\x12\x31\n\nstatements\x18\x01 \x03(\x0b\x32\x1d.aiaas.analytics.v1.Statement\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"q\n\x19ListStatementLinesRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12\x14\n\x0cstatement_id\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\"q\n\x1aListStatementLinesResponse\x12:\n\x0fstatement_lines\x18\x01 \x03(\x0b\x32!.aiaas.analytics.v1.StatementLine\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"G\n\x16VerifyStatementRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12\x14\n\x0cstatement_id\x18\x02 \x01(\t\"i\n\x17VerifyStatementResponse\x12\x0e\n\x06intact\x18\x01 \x01(\x08\x12\x12\n\nrecomputed\x18\x02 \x01(\x08\x12\x19\n\x11\x66irst_broken_line\x18\x03 \x01(\x05\x12\x0f\n\x07problem\x18\x04 \x01(\t\"M\n\x15IssueStatementRequest\x12\x17\n\x0forganization_id\x18\x01 \x01(\t\x12\x0c\n\x04year\x18\x02 \x01(\x05\x12\r\n\x05month\x18\x03 \x01(\x05\"J\n\x16IssueStatementResponse\x12\x30\n\tstatement\x18\x01 \x01(\x0b\x32\x1d.aiaas.analytics.v1.Statement*{\n\x11StatementLineKind\x12#\n\x1fSTATEMENT_LINE_KIND_UNSPECIFIED\x10\x00\x12\x1d\n\x19STATEMENT_LINE_KIND_USAGE\x10\x01\x12\"\n\x1eSTATEMENT_LINE_KIND_CORRECTION\x10\x02\x32\xb0\x08\n\x10StatementService\x12\xca\x01\n\x0cGetStatement\x12\'.aiaas.analytics.v1.GetStatementRequest\x1a(.aiaas.analytics.v1.GetStatementResponse\"g\x90\x02\x01\xaa\xd4\x18`\n\x0estatements.get*N\n\x03GET\x12G/analytics/v1/organizations/{organization_id}/statements/{statement_id}\x12\xc2\x01\n\x0eListStatements\x12).aiaas.analytics.v1.ListStatementsRequest\x1a*.aiaas.analytics.v1.ListStatementsResponse\"Y\x90\x02\x01\xaa\xd4\x18R\n\x0fstatements.list*?\n\x03GET\x12\x38/analytics/v1/organizations/{organization_id}/statements\x12\xe2\x01\n\x12ListStatementLines\x12-.aiaas.analytics.v1.ListStatementLinesRequest\x1a..aiaas.analytics.v1.ListStatementLinesResponse\"m\x90\x02\x01\xaa\xd4\x18\x66\n\x0estatements.get*T\n\x03GET\x12M/analytics/v1/organizations/{organization_id}/statements/{statement_id}/lines\x12\xdd\x01\n\x0fVerifyStatement\x12*.aiaas.analytics.v1.VerifyStatementRequest\x1a+.aiaas.analytics.v1.VerifyStatementResponse\"q\x90\x02\x01\xaa\xd4\x18j\n\x11statements.verify*U\n\x03GET\x12N/analytics/v1/organizations/{organization_id}/statements/{statement_id}:verify\x12\xc4\x01\n\x0eIssueStatement\x12).aiaas.analytics.v1.IssueStatementRequest\x1a*.aiaas.analytics.v1.IssueStatementResponse\"[\xaa\xd4\x18W\n\x10statements.issue*C\n\x04POST\x12\x38/analytics/v1/organizations/{organization_id}/statements\x1a\x01*b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,32 +43,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATEMENTSERVICE'].methods_by_name['VerifyStatement']._serialized_options = b'\220\002\001\252\324\030j\n\021statements.verify*U\n\003GET\022N/analytics/v1/organizations/{organization_id}/statements/{statement_id}:verify'
   _globals['_STATEMENTSERVICE'].methods_by_name['IssueStatement']._loaded_options = None
   _globals['_STATEMENTSERVICE'].methods_by_name['IssueStatement']._serialized_options = b'\252\324\030W\n\020statements.issue*C\n\004POST\0228/analytics/v1/organizations/{organization_id}/statements\032\001*'
-  _globals['_STATEMENTLINEKIND']._serialized_start=1649
-  _globals['_STATEMENTLINEKIND']._serialized_end=1772
+  _globals['_STATEMENTLINEKIND']._serialized_start=1688
+  _globals['_STATEMENTLINEKIND']._serialized_end=1811
   _globals['_STATEMENT']._serialized_start=129
   _globals['_STATEMENT']._serialized_end=440
   _globals['_STATEMENTLINE']._serialized_start=443
-  _globals['_STATEMENTLINE']._serialized_end=747
-  _globals['_GETSTATEMENTREQUEST']._serialized_start=749
-  _globals['_GETSTATEMENTREQUEST']._serialized_end=817
-  _globals['_GETSTATEMENTRESPONSE']._serialized_start=819
-  _globals['_GETSTATEMENTRESPONSE']._serialized_end=891
-  _globals['_LISTSTATEMENTSREQUEST']._serialized_start=893
-  _globals['_LISTSTATEMENTSREQUEST']._serialized_end=980
-  _globals['_LISTSTATEMENTSRESPONSE']._serialized_start=982
-  _globals['_LISTSTATEMENTSRESPONSE']._serialized_end=1082
-  _globals['_LISTSTATEMENTLINESREQUEST']._serialized_start=1084
-  _globals['_LISTSTATEMENTLINESREQUEST']._serialized_end=1197
-  _globals['_LISTSTATEMENTLINESRESPONSE']._serialized_start=1199
-  _globals['_LISTSTATEMENTLINESRESPONSE']._serialized_end=1312
-  _globals['_VERIFYSTATEMENTREQUEST']._serialized_start=1314
-  _globals['_VERIFYSTATEMENTREQUEST']._serialized_end=1385
-  _globals['_VERIFYSTATEMENTRESPONSE']._serialized_start=1387
-  _globals['_VERIFYSTATEMENTRESPONSE']._serialized_end=1492
-  _globals['_ISSUESTATEMENTREQUEST']._serialized_start=1494
-  _globals['_ISSUESTATEMENTREQUEST']._serialized_end=1571
-  _globals['_ISSUESTATEMENTRESPONSE']._serialized_start=1573
-  _globals['_ISSUESTATEMENTRESPONSE']._serialized_end=1647
-  _globals['_STATEMENTSERVICE']._serialized_start=1775
-  _globals['_STATEMENTSERVICE']._serialized_end=2847
+  _globals['_STATEMENTLINE']._serialized_end=766
+  _globals['_GETSTATEMENTREQUEST']._serialized_start=768
+  _globals['_GETSTATEMENTREQUEST']._serialized_end=836
+  _globals['_GETSTATEMENTRESPONSE']._serialized_start=838
+  _globals['_GETSTATEMENTRESPONSE']._serialized_end=930
+  _globals['_LISTSTATEMENTSREQUEST']._serialized_start=932
+  _globals['_LISTSTATEMENTSREQUEST']._serialized_end=1019
+  _globals['_LISTSTATEMENTSRESPONSE']._serialized_start=1021
+  _globals['_LISTSTATEMENTSRESPONSE']._serialized_end=1121
+  _globals['_LISTSTATEMENTLINESREQUEST']._serialized_start=1123
+  _globals['_LISTSTATEMENTLINESREQUEST']._serialized_end=1236
+  _globals['_LISTSTATEMENTLINESRESPONSE']._serialized_start=1238
+  _globals['_LISTSTATEMENTLINESRESPONSE']._serialized_end=1351
+  _globals['_VERIFYSTATEMENTREQUEST']._serialized_start=1353
+  _globals['_VERIFYSTATEMENTREQUEST']._serialized_end=1424
+  _globals['_VERIFYSTATEMENTRESPONSE']._serialized_start=1426
+  _globals['_VERIFYSTATEMENTRESPONSE']._serialized_end=1531
+  _globals['_ISSUESTATEMENTREQUEST']._serialized_start=1533
+  _globals['_ISSUESTATEMENTREQUEST']._serialized_end=1610
+  _globals['_ISSUESTATEMENTRESPONSE']._serialized_start=1612
+  _globals['_ISSUESTATEMENTRESPONSE']._serialized_end=1686
+  _globals['_STATEMENTSERVICE']._serialized_start=1814
+  _globals['_STATEMENTSERVICE']._serialized_end=2886
 # @@protoc_insertion_point(module_scope)

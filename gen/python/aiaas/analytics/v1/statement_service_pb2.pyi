@@ -139,6 +139,7 @@ class StatementLine(_message.Message):
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
     COST_MICROS_FIELD_NUMBER: _builtins.int
     HASH_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
     line_number: _builtins.int
     """Its place, from 1 on."""
     kind: Global___StatementLineKind.ValueType
@@ -165,6 +166,8 @@ class StatementLine(_message.Message):
     """The cost, in micro-dollars."""
     hash: _builtins.bytes
     """SHA-256 over the line before's hash and all of the above."""
+    signature: _builtins.bytes
+    """Ed25519 over the hash, by the statement's key."""
     def __init__(
         self,
         *,
@@ -181,10 +184,11 @@ class StatementLine(_message.Message):
         completion_tokens: _builtins.int = ...,
         cost_micros: _builtins.int = ...,
         hash: _builtins.bytes = ...,
+        signature: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key_id", b"api_key_id", "cached_prompt_tokens", b"cached_prompt_tokens", "completion_tokens", b"completion_tokens", "cost_micros", b"cost_micros", "hash", b"hash", "kind", b"kind", "line_number", b"line_number", "model", b"model", "month", b"month", "price_id", b"price_id", "prompt_tokens", b"prompt_tokens", "requests", b"requests", "year", b"year"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key_id", b"api_key_id", "cached_prompt_tokens", b"cached_prompt_tokens", "completion_tokens", b"completion_tokens", "cost_micros", b"cost_micros", "hash", b"hash", "kind", b"kind", "line_number", b"line_number", "model", b"model", "month", b"month", "price_id", b"price_id", "prompt_tokens", b"prompt_tokens", "requests", b"requests", "signature", b"signature", "year", b"year"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -223,6 +227,9 @@ class GetStatementResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     STATEMENT_FIELD_NUMBER: _builtins.int
+    PUBLIC_KEY_FIELD_NUMBER: _builtins.int
+    public_key: _builtins.bytes
+    """The public half of its key, 32 bytes. Keep the first that you see of a key_id, and compare."""
     @_builtins.property
     def statement(self) -> Global___Statement:
         """As stored."""
@@ -231,10 +238,11 @@ class GetStatementResponse(_message.Message):
         self,
         *,
         statement: Global___Statement | None = ...,
+        public_key: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["statement", b"statement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["statement", b"statement"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["public_key", b"public_key", "statement", b"statement"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -397,7 +405,7 @@ class VerifyStatementResponse(_message.Message):
     FIRST_BROKEN_LINE_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
     intact: _builtins.bool
-    """Whether every hash and the signature is right."""
+    """Whether every hash and signature is right, and raw usage holds what is stated."""
     recomputed: _builtins.bool
     """Whether raw usage was still there to compare with."""
     first_broken_line: _builtins.int

@@ -27,7 +27,8 @@ if _version_not_supported:
 
 class StatementServiceStub:
     """Statements: what an organization owes for a month, signed, each chained to the one before by its hash. A statement
-    is never changed: usage that comes late is a compensating line of the next.
+    is never changed: usage that comes late is a compensating line of the next. docs/statements.md tells the bytes that
+    are hashed and signed, for whoever verifies one alone.
     """
 
     def __init__(self, channel):
@@ -65,7 +66,8 @@ class StatementServiceStub:
 
 class StatementServiceServicer:
     """Statements: what an organization owes for a month, signed, each chained to the one before by its hash. A statement
-    is never changed: usage that comes late is a compensating line of the next.
+    is never changed: usage that comes late is a compensating line of the next. docs/statements.md tells the bytes that
+    are hashed and signed, for whoever verifies one alone.
     """
 
     def GetStatement(self, request, context):
@@ -98,8 +100,8 @@ class StatementServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def IssueStatement(self, request, context):
-        """Issues the statement of a month that is over. Done by itself on the third day of the month after; the same month
-        again returns the same statement.
+        """Issues the statement of a month that is over and counted, after those of months before it that had usage. Done by
+        itself on the third day of the month after; the same month again returns the same statement.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -143,7 +145,8 @@ def add_StatementServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class StatementService:
     """Statements: what an organization owes for a month, signed, each chained to the one before by its hash. A statement
-    is never changed: usage that comes late is a compensating line of the next.
+    is never changed: usage that comes late is a compensating line of the next. docs/statements.md tells the bytes that
+    are hashed and signed, for whoever verifies one alone.
     """
 
     @staticmethod

@@ -14,7 +14,8 @@ GRPC_VERSION: str
 
 class StatementServiceStub:
     """Statements: what an organization owes for a month, signed, each chained to the one before by its hash. A statement
-    is never changed: usage that comes late is a compensating line of the next.
+    is never changed: usage that comes late is a compensating line of the next. docs/statements.md tells the bytes that
+    are hashed and signed, for whoever verifies one alone.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -29,13 +30,14 @@ class StatementServiceStub:
     first line that was changed.
     """
     IssueStatement: _aio.UnaryUnaryMultiCallable[_statement_service_pb2.IssueStatementRequest, _statement_service_pb2.IssueStatementResponse]
-    """Issues the statement of a month that is over. Done by itself on the third day of the month after; the same month
-    again returns the same statement.
+    """Issues the statement of a month that is over and counted, after those of months before it that had usage. Done by
+    itself on the third day of the month after; the same month again returns the same statement.
     """
 
 class StatementServiceServicer(metaclass=_abc_1.ABCMeta):
     """Statements: what an organization owes for a month, signed, each chained to the one before by its hash. A statement
-    is never changed: usage that comes late is a compensating line of the next.
+    is never changed: usage that comes late is a compensating line of the next. docs/statements.md tells the bytes that
+    are hashed and signed, for whoever verifies one alone.
     """
 
     @_abc_1.abstractmethod
@@ -78,8 +80,8 @@ class StatementServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _statement_service_pb2.IssueStatementRequest,
         context: _aio.ServicerContext[_statement_service_pb2.IssueStatementRequest, _abc.Awaitable[_statement_service_pb2.IssueStatementResponse]],
     ) -> _abc.Awaitable[_statement_service_pb2.IssueStatementResponse]:
-        """Issues the statement of a month that is over. Done by itself on the third day of the month after; the same month
-        again returns the same statement.
+        """Issues the statement of a month that is over and counted, after those of months before it that had usage. Done by
+        itself on the third day of the month after; the same month again returns the same statement.
         """
 
 def add_StatementServiceServicer_to_server(servicer: StatementServiceServicer, server: _aio.Server) -> None: ...

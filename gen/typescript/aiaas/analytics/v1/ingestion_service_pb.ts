@@ -37,14 +37,14 @@ export const GetIngestionStatusRequestSchema: GenMessage<GetIngestionStatusReque
  */
 export type GetIngestionStatusResponse = Message<"aiaas.analytics.v1.GetIngestionStatusResponse"> & {
   /**
-   * Events that wait in the queue.
+   * Events that wait in the queue, about: its messages, times the events that each of those before them held.
    *
    * @generated from field: int64 queued_events = 1;
    */
   queuedEvents: bigint;
 
   /**
-   * Events that were put aside.
+   * Events that were put aside, at least: a message that holds several counts as one until it is replayed.
    *
    * @generated from field: int64 dead_lettered_events = 2;
    */
@@ -79,7 +79,7 @@ export const GetIngestionStatusResponseSchema: GenMessage<GetIngestionStatusResp
  */
 export type ReplayDeadLettersRequest = Message<"aiaas.analytics.v1.ReplayDeadLettersRequest"> & {
   /**
-   * At most so many; 0 means all.
+   * At most so many; 0 means all that are there now.
    *
    * @generated from field: int32 limit = 1;
    */
@@ -100,7 +100,7 @@ export const ReplayDeadLettersRequestSchema: GenMessage<ReplayDeadLettersRequest
  */
 export type ReplayDeadLettersResponse = Message<"aiaas.analytics.v1.ReplayDeadLettersResponse"> & {
   /**
-   * How many.
+   * How many. Fewer than asked for when time ran out; then call again.
    *
    * @generated from field: int64 replayed = 1;
    */
