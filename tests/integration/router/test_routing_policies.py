@@ -71,7 +71,8 @@ async def test_model_has_the_defaults_until_it_has_a_policy_of_its_own(policies:
     stored = await policies.update(strategy="ROUTING_STRATEGY_WEIGHTED", fallback_model_ids=["other"])
     assert not stored.built_in
     assert stored == await policies.get()
-    assert (stored.strategy, stored.fallback_model_ids) == (pb.ROUTING_STRATEGY_WEIGHTED, ["other"])
+    assert stored.strategy == pb.ROUTING_STRATEGY_WEIGHTED
+    assert stored.fallback_model_ids == ["other"]
     await policies.delete(stored.etag)
     assert await policies.get() == defaults
     with pytest.raises(PlatformError, match="not_found"):
