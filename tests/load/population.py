@@ -68,6 +68,8 @@ async def populate(
             ],
         )
     await connection.execute("VACUUM ANALYZE")
+    # A database that has stood for a while has written all of this out.
+    await connection.execute("CHECKPOINT")
     return Population(organization_ids[0], organization_ids, secrets)
 
 
