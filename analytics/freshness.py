@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Protocol
 
+from aiaas.analytics.v1 import usage_service_pb2
 from aiaas.analytics.v1.usage_service_pb2 import FreshnessState
 from mesh.clock import Clock
 from mesh.errors import PlatformError
@@ -64,6 +65,16 @@ class Freshness:
         if self.lag < STALE:
             return FreshnessState.FRESHNESS_STATE_FRESH
         return FreshnessState.FRESHNESS_STATE_STALE if self.lag < DELAYED else FreshnessState.FRESHNESS_STATE_DELAYED
+
+
+async def freshness_message(store: UsageStore, clock: Clock) -> usage_service_pb2.Freshness:
+    """How fresh sums are that are read after this, so that it never promises more than they hold."""
+    freshness = Freshness(await store.complete_until(), clock.now())
+    message = usage_service_pb2.Freshness(state=freshness.state)
+    if freshness.complete_until is not None and freshness.lag is not None:
+        message.complete_until.FromDatetime(freshness.complete_until)
+        message.lag.FromTimedelta(freshness.lag)
+    return message
 
 
 def write_mark(moment: datetime) -> bytes:
