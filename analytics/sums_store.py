@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -131,7 +130,7 @@ class _Question:
         edges = where.parameter(query.edges[:-1])
         where.add("organization_id = {}", query.organization_id)
         where.add_filter(query.filter)
-        self.source = f"({' UNION ALL '.join(self._tables(query, closed_until))}) AS sums"
+        self.source = where.sums(*spans_of(query.edges, closed_until))
         self.groups = [f"g{index}" for index in range(len(query.group_by))]
         self.place = ", ".join(["bucket", *self.groups])
         selected = [
@@ -145,16 +144,6 @@ class _Question:
         start = ", ".join([f"{self.where.parameter(after.bucket)}::int", *map(self.where.parameter, after.group)])
         limit = self.where.parameter(self._query.page_size + 1)
         return f"SELECT * FROM {rows} WHERE ({self.place}) > ({start}) ORDER BY {self.place} LIMIT {limit}"  # noqa: S608
-
-    def _tables(self, query: UsageQuery, closed_until: datetime) -> Iterator[str]:
-        days, hours = spans_of(query.edges, closed_until)
-        for table, period, spans in (("usage_daily", "day", days), ("usage_hourly", "hour", hours)):
-            starts, ends = (self.where.parameter([span[index] for span in spans]) for index in (0, 1))
-            yield f"""
-                SELECT {period} AS start, {table}.*
-                FROM unnest({starts}::timestamptz[], {ends}::timestamptz[]) AS span (since, until)
-                JOIN {table} ON {period} >= since AND {period} < until WHERE {self.where}
-            """  # noqa: S608
 
 
 async def _reliability(

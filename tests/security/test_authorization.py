@@ -22,7 +22,7 @@ from tests.security.world import CALLERS, STRANGERS, World, strange_id
 RPC_VERDICTS = {name: who for name, who in VERDICTS.items() if " " not in name}
 
 # Nobody serves them yet.
-UNSERVED = ("IngestionService", "ReliabilityService", "RoutingPolicyService", "SpendService", "StatementService")
+UNSERVED = ("IngestionService", "RoutingPolicyService", "StatementService")
 
 # They would end an organization that others here need.
 _ENDING = ("SuspendOrganization", "ReactivateOrganization", "DeleteOrganization")

@@ -78,8 +78,6 @@ async def test_routes_of_the_edge_itself_keep_their_verdicts(world: World, name:
             status, told = await _answer(session, verb, template, world.credentials[who], query, {})
             if VERDICTS[name] == ["itself"]:
                 is_right = status in (400, 401, 403)
-            elif VERDICTS[name] == ["unserved"]:
-                is_right = status == (401 if who in STRANGERS else 501)
             elif VERDICTS[name] == ["anybody"]:
                 is_right = status == 200
             elif who in STRANGERS:
