@@ -254,10 +254,11 @@ class ExportStore:
                 if hours and hours[0].start < hourly_since:
                     raise HoursGoneError
                 period = where.parameter(_PERIODS[wanted.granularity])
+                sums = where.sums(export.organization_id, days, hours)
                 query = (
                     f"SELECT date_trunc({period}, start, 'UTC'), api_key_id, user_id, service_account_id, model,"
                     " outcome, sum(requests)::bigint, sum(prompt_tokens)::bigint, sum(cached_prompt_tokens)::bigint,"
-                    f" sum(completion_tokens)::bigint, sum(cost_micros)::bigint FROM {where.sums(days, hours)}"
+                    f" sum(completion_tokens)::bigint, sum(cost_micros)::bigint FROM {sums}"
                     " GROUP BY 1, 2, 3, 4, 5, 6 ORDER BY 1, 2, 3, 4, 5, 6"
                 )
             cursor = await connection.cursor(query, *where.parameters)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date, datetime
 
 import asyncpg
@@ -41,7 +41,8 @@ def _keys(period: str) -> str:
 
 
 def _merged(name: str) -> str:
-    """A histogram that is there and one that is added, as one: merge_cells, but as a part of the statement."""
+    """A histogram that is there and one that is added, as one: merge_cells as a part of the statement, which takes two
+    thirds of the time that calling it does."""
     return f"""
         CASE WHEN excluded.{name} = '{{}}' THEN sums.{name} ELSE (
             SELECT array_agg((bucket << {COUNT_BITS}) + requests ORDER BY bucket) FROM (
@@ -107,17 +108,15 @@ class UsageStore:
         first: dict[tuple[str, datetime], Event] = {}
         for event in sorted(events):
             first.setdefault((event.request_id, event.admit_time), event)
-        columns = list(zip(*first.values(), strict=True))[:_EVENT_COLUMNS]
         try:
             async with self._database.transaction() as connection:
                 await connection.execute(f"SELECT pg_advisory_xact_lock_shared({_ROLLUPS_LOCK})")
-                rows = await connection.fetch(_INSERT_EVENTS, *columns)
-                if rows:
-                    await _sum(connection, [first[row[0], row[1]] for row in rows])
+                inserted = await _insert(connection, first)
+                await _sum(connection, inserted)
         except _REFUSED_VALUES as error:
             # Without the cause: PostgreSQL repeats the row in it.
             raise UnstorableEventsError(f"PostgreSQL refuses a value ({error.sqlstate})") from None
-        return len(rows)
+        return len(inserted)
 
     async def list_records(self, query: RecordQuery) -> list[Record]:
         """Single requests, newest first, at most one more than the page holds."""
@@ -260,6 +259,20 @@ class UsageStore:
             if by_hour and day < closed_until:
                 await connection.execute(_CLOSE_DAY, day, day + DAY, timeout=_LONG_S)
         return events
+
+
+async def _insert(connection: Connection, events: Mapping[tuple[str, datetime], Event]) -> list[Event]:
+    """Insert events, given by their keys and in the order of these; returns those that were not there before."""
+    records = [event[:_EVENT_COLUMNS] for event in events.values()]
+    try:
+        # COPY takes half of the time, and it is rare that an event comes twice.
+        async with connection.transaction():
+            await connection.copy_records_to_table("usage_events", records=records)
+    except (asyncpg.UniqueViolationError, OverflowError):
+        # A number that is too large is refused by name below.
+        rows = await connection.fetch(_INSERT_EVENTS, *zip(*records, strict=True))
+        return [events[row[0], row[1]] for row in rows]
+    return list(events.values())
 
 
 async def _sum(connection: Connection, events: Sequence[Event]) -> None:

@@ -130,7 +130,7 @@ class _Question:
         edges = where.parameter(query.edges[:-1])
         where.add("organization_id = {}", query.organization_id)
         where.add_filter(query.filter)
-        self.source = where.sums(*spans_of(query.edges, closed_until))
+        self.source = where.sums(query.organization_id, *spans_of(query.edges, closed_until))
         self.groups = [f"g{index}" for index in range(len(query.group_by))]
         self.place = ", ".join(["bucket", *self.groups])
         selected = [

@@ -231,7 +231,7 @@ async def test_days_are_exported_when_their_hours_are_gone(exports: Exports) -> 
     )
     await close_days(exports.usage, exports.clock)
     await remove_old(exports.usage, exports.clock, Kept())
-    whole = {"start_time": at(day), "end_time": at(day + timedelta(days=2))}
+    whole: dict[str, Any] = {"start_time": at(day), "end_time": at(day + timedelta(days=2))}
     for granularity, requests in (("DAILY", ["2", "1"]), ("MONTHLY", ["3"])):
         _, file = await exports.made(granularity=granularity, **whole)
         assert [row["requests"] for row in rows_of(file)] == requests
