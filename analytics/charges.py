@@ -52,6 +52,20 @@ def cost_micros(price: PriceSnapshot, usage: TokenUsage) -> int:
     return -(-sum(tokens * amount for _, tokens, amount in _products(price, usage)) // _MILLION)
 
 
+def cost_parts(price: PriceSnapshot, usage: TokenUsage, cost_micros: int) -> tuple[int, int, int]:
+    """What of a cost is for prompt tokens, cached ones and completion tokens, in whole micro-dollars whose sum is the
+    cost; each is off by less than two for the rounding. A cost without a price is divided by tokens."""
+    if not cost_micros:
+        return 0, 0, 0
+    (_, fresh, fresh_price), (_, cached, cached_price), (_, made, made_price) = _products(price, usage)
+    prompt, cached_prompt = fresh * fresh_price, cached * cached_price
+    if not (total := prompt + cached_prompt + made * made_price):
+        prompt, cached_prompt, total = fresh, cached, fresh + cached + made or 1
+    first = cost_micros * prompt // total
+    both = cost_micros * (prompt + cached_prompt) // total
+    return first, both - first, cost_micros - both
+
+
 def explain(record: UsageEvent) -> list[str]:
     """How a record's charge came about, a sentence for each step: its end, attempts, tokens, cost, budgets."""
     return [

@@ -1,10 +1,12 @@
 """What analytics is told by its environment, read once at start; it never says how any of it is used."""
 
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Annotated, Literal
 
 import msgspec
 
+from analytics.usage_retention import Kept
 from mesh.config import setting
 from mesh.sealing import KEY_PATTERN
 from mesh.tls import TlsConfig
@@ -39,6 +41,22 @@ class AnalyticsConfig:
         "AIAAS_ANALYTICS_BATCH_SIZE",
         "events that one transaction takes at most; more need more memory, fewer take longer",
         default=500,
+    )
+    events_kept_days: Annotated[int, msgspec.Meta(ge=3)] = setting(
+        "AIAAS_ANALYTICS_EVENTS_KEPT_DAYS",
+        "days that single usage events are kept, and how old one may be that is counted",
+        default=400,
+    )
+    # Forecasts look back for eight weeks.
+    hourly_kept_days: Annotated[int, msgspec.Meta(ge=60)] = setting(
+        "AIAAS_ANALYTICS_HOURLY_KEPT_DAYS",
+        "days that sums of hours are kept; beyond them usage is told by days in UTC",
+        default=90,
+    )
+    daily_kept_months: Annotated[int, msgspec.Meta(ge=3)] = setting(
+        "AIAAS_ANALYTICS_DAILY_KEPT_MONTHS",
+        "months that sums of days are kept; what is older is told nowhere",
+        default=13,
     )
     secret_key: Annotated[str, msgspec.Meta(pattern=KEY_PATTERN)] = setting(
         "AIAAS_ANALYTICS_SECRET_KEY",
@@ -75,6 +93,13 @@ class AnalyticsConfig:
         "AIAAS_TRACE_RATIO", "share of requests that are traced, 0 to 1", default=0.01
     )
     tls: TlsConfig = field(default_factory=TlsConfig)
+
+    @property
+    def kept(self) -> Kept:
+        """How long usage is kept."""
+        return Kept(
+            timedelta(days=self.events_kept_days), timedelta(days=self.hourly_kept_days), self.daily_kept_months
+        )
 
     def __post_init__(self) -> None:
         """Raises ValueError for an address beyond this machine without TLS."""

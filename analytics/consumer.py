@@ -14,11 +14,11 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from aiaas.type.v1.usage_event_pb2 import UsageEventBatch
 from analytics import metrics
-from analytics.events import Event, UnacceptableEvent, read_batch, read_event
+from analytics.events import AGE, Event, UnacceptableEvent, read_batch, read_event
 from analytics.freshness import read_mark
 from analytics.store import UnstorableEventsError, UsageStore
 from mesh.broker import Broker, Queue
@@ -34,16 +34,19 @@ _PUBLISH_TIMEOUT_S = 5.0
 
 
 class Consumer:
-    """Counts what arrives in a queue; one transaction takes `batch_size` events at most. `events_per_message` is a mean
-    over the last hundred messages or so."""
+    """Counts what arrives in a queue and is at most `age` old; one transaction takes `batch_size` events at most.
+    `events_per_message` is a mean over the last hundred messages or so."""
 
-    def __init__(self, store: UsageStore, broker: Broker, queue: Queue, clock: Clock, batch_size: int) -> None:
+    def __init__(
+        self, store: UsageStore, broker: Broker, queue: Queue, clock: Clock, batch_size: int, age: timedelta = AGE
+    ) -> None:
         self._store = store
         self._broker = broker
         self._queue = queue
         self._clock = clock
         self._batch_size = batch_size
         self.events_per_message = 1.0
+        self._age = age
 
     async def run(self) -> None:
         """Take what arrives until cancelled."""
@@ -55,7 +58,7 @@ class Consumer:
         Raises PlatformError(UNAVAILABLE) while PostgreSQL is away, or the broker when something must be put back.
         """
         with metrics.BATCH_SECONDS.time():
-            messages = _Messages(bodies, self._clock.now())
+            messages = _Messages(bodies, self._clock.now(), self._age)
             for size in messages.sizes.values():
                 self.events_per_message += (size - self.events_per_message) / _MESSAGES_IN_MEAN
             for start in range(0, len(messages.events), self._batch_size):
@@ -88,7 +91,7 @@ class _Messages:
     """What lies in some messages. `events` are what may be counted, each with the position of its message; `marks`
     the times of marks; `sizes` the numbers of events in all other messages, by position."""
 
-    def __init__(self, bodies: Sequence[bytes], now: datetime) -> None:
+    def __init__(self, bodies: Sequence[bytes], now: datetime, age: timedelta) -> None:
         self.events: list[tuple[int, Event]] = []
         self.marks: list[datetime] = []
         self.sizes: dict[int, int] = {}
@@ -98,9 +101,9 @@ class _Messages:
             if (mark := read_mark(body)) is not None:
                 self.marks.append(mark)
             else:
-                self._read(position, body, now)
+                self._read(position, body, now, age)
 
-    def _read(self, position: int, body: bytes, now: datetime) -> None:
+    def _read(self, position: int, body: bytes, now: datetime, age: timedelta) -> None:
         try:
             events = read_batch(body)
         except UnacceptableEvent as error:
@@ -110,7 +113,7 @@ class _Messages:
         self.sizes[position] = len(events)
         for event in events:
             try:
-                self.events.append((position, read_event(event, now)))
+                self.events.append((position, read_event(event, now, age)))
             except UnacceptableEvent as error:
                 self.refuse(position, event, str(error))
 

@@ -13,6 +13,7 @@ from aiaas.analytics.v1.usage_service_pb2 import UsageFilter
 from analytics.conditions import Conditions
 from analytics.exports import AT_ONCE, CANCELLED, Row, Schedule, StoredExport, Wanted, raw_row, sum_row
 from analytics.usage import filter_message, read_filter
+from analytics.usage_range import spans_of
 from mesh.database import Database
 from mesh.errors import PlatformError, Reason
 from mesh.fields import invalid
@@ -40,6 +41,10 @@ _PERIODS = {
     ExportGranularity.EXPORT_GRANULARITY_DAILY: "day",
     ExportGranularity.EXPORT_GRANULARITY_MONTHLY: "month",
 }
+
+
+class HoursGoneError(Exception):
+    """Sums of hours are wanted, or of parts of days, from before they are kept."""
 
 
 class ExportStore:
@@ -232,25 +237,34 @@ class ExportStore:
         await self._database.execute("UPDATE exports SET is_leftover = false WHERE export_id = $1", export.export_id)
 
     async def batches(self, export: StoredExport) -> AsyncGenerator[list[Row], None]:
-        """Its rows in the order of time, some thousand at a time, all of one moment."""
+        """Its rows in the order of time, some thousand at a time, all of one moment. Raises HoursGoneError."""
         wanted = export.wanted
         is_raw = wanted.granularity == ExportGranularity.EXPORT_GRANULARITY_RAW
         where = Conditions()
         where.add("organization_id = {}", export.organization_id)
-        for operator, moment in ((">=", wanted.start_time), ("<", wanted.end_time)):
-            where.add(f"{'admit_time' if is_raw else 'hour'} {operator} {{}}", moment)
         where.add_filter(wanted.filter)
-        if is_raw:
-            query = f"SELECT admit_time, event FROM usage_events WHERE {where} ORDER BY admit_time, request_id"
-        else:
-            period = where.parameter(_PERIODS[wanted.granularity])
-            query = (
-                f"SELECT date_trunc({period}, hour, 'UTC'), api_key_id, user_id, service_account_id, model, outcome,"
-                " sum(requests)::bigint, sum(prompt_tokens)::bigint, sum(cached_prompt_tokens)::bigint,"
-                f" sum(completion_tokens)::bigint, sum(cost_micros)::bigint FROM usage_hourly WHERE {where}"
-                " GROUP BY 1, 2, 3, 4, 5, 6 ORDER BY 1, 2, 3, 4, 5, 6"
-            )
         async with self._database.transaction() as connection:
+            if is_raw:
+                where.add("admit_time >= {}", wanted.start_time)
+                where.add("admit_time < {}", wanted.end_time)
+                query = f"SELECT admit_time, event FROM usage_events WHERE {where} ORDER BY admit_time, request_id"
+            else:
+                ((closed_until, hourly_since),) = await connection.fetch(
+                    "SELECT closed_until, hourly_since FROM usage_rollups"
+                )
+                if wanted.granularity == ExportGranularity.EXPORT_GRANULARITY_HOURLY:
+                    closed_until = wanted.start_time
+                days, hours = spans_of((wanted.start_time, wanted.end_time), closed_until)
+                if hours and hours[0].start < hourly_since:
+                    raise HoursGoneError
+                period = where.parameter(_PERIODS[wanted.granularity])
+                sums = where.sums(export.organization_id, days, hours)
+                query = (
+                    f"SELECT date_trunc({period}, start, 'UTC'), api_key_id, user_id, service_account_id, model,"
+                    " outcome, sum(requests)::bigint, sum(prompt_tokens)::bigint, sum(cached_prompt_tokens)::bigint,"
+                    f" sum(completion_tokens)::bigint, sum(cost_micros)::bigint FROM {sums}"
+                    " GROUP BY 1, 2, 3, 4, 5, 6 ORDER BY 1, 2, 3, 4, 5, 6"
+                )
             cursor = await connection.cursor(query, *where.parameters)
             while found := await cursor.fetch(_ROWS_AT_ONCE):
                 yield [raw_row(*row) if is_raw else sum_row(tuple(row)) for row in found]

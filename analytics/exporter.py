@@ -17,7 +17,7 @@ from datetime import datetime, timedelta
 from aiaas.analytics.v1.export_service_pb2 import ExportCompression, ExportFormat, ExportGranularity
 from analytics import metrics
 from analytics.export_files import file_for
-from analytics.export_store import ExportStore
+from analytics.export_store import ExportStore, HoursGoneError
 from analytics.exports import KEPT, StoredExport, Wanted, month_before, run_after
 from analytics.object_storage import Storage, StorageAwayError, StorageRefusedError
 from analytics.usage import Filter
@@ -86,6 +86,8 @@ class Exporter:
             return
         except StorageRefusedError:
             await self._fail(export, "storage_refused")
+        except HoursGoneError:
+            await self._fail(export, "hours_gone")
         except TimeoutError:
             await self._fail(export, "too_slow")
         except (StorageAwayError, PlatformError) as error:
@@ -107,7 +109,7 @@ class Exporter:
         await self._store.fail(export, reason, self._clock.now())
 
     async def _upload(self, export: StoredExport) -> None:
-        """Raises LostError, StorageRefusedError, StorageAwayError, PlatformError(UNAVAILABLE)."""
+        """Raises LostError, HoursGoneError, StorageRefusedError, StorageAwayError, PlatformError(UNAVAILABLE)."""
         wanted, file = export.wanted, file_for(export.wanted)
         digest, rows, size_bytes = hashlib.sha256(), 0, 0
         told_at = self._clock.monotonic()

@@ -67,8 +67,9 @@ class Freshness:
         return FreshnessState.FRESHNESS_STATE_STALE if self.lag < DELAYED else FreshnessState.FRESHNESS_STATE_DELAYED
 
 
-def freshness_message(freshness: Freshness) -> usage_service_pb2.Freshness:
-    """How fresh an answer is, as it travels."""
+async def freshness_message(store: UsageStore, clock: Clock) -> usage_service_pb2.Freshness:
+    """How fresh sums are that are read after this, so that it never promises more than they hold."""
+    freshness = Freshness(await store.complete_until(), clock.now())
     message = usage_service_pb2.Freshness(state=freshness.state)
     if freshness.complete_until is not None and freshness.lag is not None:
         message.complete_until.FromDatetime(freshness.complete_until)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from aiaas.analytics.v1 import ingestion_service_pb2 as pb
 from aiaas.analytics.v1 import ingestion_service_pb2_grpc
-from analytics.freshness import Freshness, freshness_message
+from analytics.freshness import freshness_message
 from analytics.ingestion import Ingestion
 from analytics.store import UsageStore
 from mesh.clock import Clock
@@ -23,9 +23,9 @@ class IngestionService(ingestion_service_pb2_grpc.IngestionServiceServicer):
         self, request: pb.GetIngestionStatusRequest, context: object
     ) -> pb.GetIngestionStatusResponse:
         """How ingestion stands."""
-        freshness = Freshness(await self._store.complete_until(), self._clock.now())
+        freshness = await freshness_message(self._store, self._clock)
         standing = await self._ingestion.standing()
-        return pb.GetIngestionStatusResponse(**standing._asdict(), freshness=freshness_message(freshness))
+        return pb.GetIngestionStatusResponse(**standing._asdict(), freshness=freshness)
 
     async def ReplayDeadLetters(
         self, request: pb.ReplayDeadLettersRequest, context: object

@@ -13,6 +13,10 @@ from aiaas.analytics.v1 import (
     ingestion_service_pb2_grpc,
     reconciliation_service_pb2,
     reconciliation_service_pb2_grpc,
+    reliability_service_pb2,
+    reliability_service_pb2_grpc,
+    spend_service_pb2,
+    spend_service_pb2_grpc,
     statement_service_pb2,
     statement_service_pb2_grpc,
     usage_service_pb2,
@@ -37,7 +41,6 @@ from analytics.consumer import Consumer
 from analytics.event_retention import keep_clean
 from analytics.event_service import EventService
 from analytics.event_store import EventStore
-from analytics.events import AGE
 from analytics.export_service import ExportService
 from analytics.export_store import ExportStore
 from analytics.exporter import Exporter
@@ -51,12 +54,16 @@ from analytics.reconciler import Reconciler
 from analytics.reconciliation_service import ReconciliationService
 from analytics.reconciliation_sources import Sources
 from analytics.reconciliation_store import ReconciliationStore
+from analytics.reliability_service import ReliabilityService
+from analytics.spend_service import SpendService
 from analytics.statement_issuer import StatementIssuer
 from analytics.statement_keys import StatementKeys
 from analytics.statement_service import StatementService
 from analytics.statement_store import StatementStore
 from analytics.statement_verifier import StatementVerifier
 from analytics.store import UsageStore
+from analytics.sums_store import SumsStore
+from analytics.usage_retention import keep_sums
 from analytics.usage_service import UsageService
 from analytics.webhook_sender import Poster, Sender
 from analytics.webhook_service import WebhookService
@@ -113,12 +120,11 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
         decider = RemoteDecider(policy_service_pb2_grpc.PolicyServiceStub(identity))
         signatures = RemoteVerifier(request_signing_service_pb2_grpc.RequestSigningServiceStub(identity))
 
-        store = UsageStore(database)
-        consumer = Consumer(store, broker, USAGE, clock, config.batch_size)
+        store, sums, kept = UsageStore(database), SumsStore(database), config.kept
+        consumer = Consumer(store, broker, USAGE, clock, config.batch_size, kept.events)
         marks = Marks(broker, USAGE.name, store, clock)
         metrics.LAG_SECONDS.set_function(marks.lag_s)
         ingestion = Ingestion(broker, USAGE, consumer, clock)
-        usage_service = UsageService(store, clock)
 
         reconciliations = ReconciliationStore(database)
         sources = Sources(
@@ -148,8 +154,8 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
 
         statements = StatementStore(database)
         statement_keys = StatementKeys(statements, seal, clock)
-        issuer = StatementIssuer(statements, store, statement_keys, clock, AGE)
-        verifier = StatementVerifier(statements, statement_keys, clock, AGE)
+        issuer = StatementIssuer(statements, store, statement_keys, clock, kept.events)
+        verifier = StatementVerifier(statements, statement_keys, clock, kept.events)
 
         grpc_server = GrpcServer(
             config.grpc_address,
@@ -157,7 +163,17 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
                 (
                     usage_service_pb2.DESCRIPTOR.services_by_name["UsageService"],
                     usage_service_pb2_grpc.add_UsageServiceServicer_to_server,
-                    usage_service,
+                    UsageService(store, sums, clock, kept),
+                ),
+                (
+                    spend_service_pb2.DESCRIPTOR.services_by_name["SpendService"],
+                    spend_service_pb2_grpc.add_SpendServiceServicer_to_server,
+                    SpendService(store, sums, clock, kept),
+                ),
+                (
+                    reliability_service_pb2.DESCRIPTOR.services_by_name["ReliabilityService"],
+                    reliability_service_pb2_grpc.add_ReliabilityServiceServicer_to_server,
+                    ReliabilityService(store, sums, clock, kept),
                 ),
                 (
                     event_service_pb2.DESCRIPTOR.services_by_name["EventService"],
@@ -201,6 +217,7 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
         async with asyncio.TaskGroup() as tasks:
             background = [
                 tasks.create_task(keep_partitions(store, clock), name="partitions"),
+                tasks.create_task(keep_sums(store, clock, kept), name="sums"),
                 tasks.create_task(consumer.run(), name="consumer"),
                 tasks.create_task(marks.run(), name="marks"),
                 tasks.create_task(event_consumer.run(), name="events"),

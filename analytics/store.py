@@ -1,67 +1,85 @@
-"""All SQL of analytics: events and their sums, read and written; it never judges an event or a question."""
+"""All SQL that writes events and their sums, and reads single events; it never judges one, and never reads a sum."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date, datetime
 
 import asyncpg
 
-from aiaas.analytics.v1.usage_service_pb2 import UsageDimension
 from analytics.conditions import Conditions
-from analytics.events import Event
-from analytics.usage import Bucket, BucketPlace, Record, RecordQuery, Totals, UsageQuery
-from mesh.database import Database
+from analytics.events import Event, read_event
+from analytics.rollups import KEYS, SKETCHES, SUMS, Rollup, day_of, hour_of
+from analytics.sketches import COUNT_BITS, COUNT_MASK
+from analytics.usage import Record, RecordQuery
+from analytics.usage_range import DAY, HOUR
+from mesh.database import Connection, Database
+from mesh.errors import PlatformError, Reason
 
-# One statement, so that an event and its share of the sums appear together or not at all. Only rows that were really
-# inserted are summed. Both inserts go in the order of their keys: replicas that meet wait for each other and never
-# both ways.
+# Every table is written in the order of its keys: replicas that meet wait for each other and never both ways.
 _INSERT_EVENTS = """
-WITH inserted AS (
-    INSERT INTO usage_events (
-        request_id, admit_time, organization_id, api_key_id, user_id, service_account_id, model, backend_id, endpoint,
-        outcome, prompt_tokens, cached_prompt_tokens, completion_tokens, cost_micros, event
-    )
-    SELECT * FROM unnest(
-        $1::text[], $2::timestamptz[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[],
-        $9::smallint[], $10::smallint[], $11::bigint[], $12::bigint[], $13::bigint[], $14::bigint[], $15::bytea[]
-    )
-    ON CONFLICT DO NOTHING
-    RETURNING
-        organization_id, date_trunc('hour', admit_time, 'UTC') AS hour, api_key_id, user_id, service_account_id, model,
-        backend_id, endpoint, outcome, prompt_tokens, cached_prompt_tokens, completion_tokens, cost_micros
-), summed AS (
-    INSERT INTO usage_hourly AS sums (
-        organization_id, hour, api_key_id, user_id, service_account_id, model, backend_id, endpoint, outcome,
-        requests, prompt_tokens, cached_prompt_tokens, completion_tokens, cost_micros
-    )
-    SELECT
-        organization_id, hour, api_key_id, user_id, service_account_id, model, backend_id, endpoint, outcome,
-        count(*), sum(prompt_tokens), sum(cached_prompt_tokens), sum(completion_tokens), sum(cost_micros)
-    FROM inserted
-    GROUP BY 1, 2, 3, 4, 5, 6, 7, 8, 9
-    ORDER BY 1, 2, 3, 4, 5, 6, 7, 8, 9
-    ON CONFLICT (organization_id, hour, api_key_id, user_id, service_account_id, model, backend_id, endpoint, outcome)
-    DO UPDATE SET
-        requests = sums.requests + excluded.requests,
-        prompt_tokens = sums.prompt_tokens + excluded.prompt_tokens,
-        cached_prompt_tokens = sums.cached_prompt_tokens + excluded.cached_prompt_tokens,
-        completion_tokens = sums.completion_tokens + excluded.completion_tokens,
-        cost_micros = sums.cost_micros + excluded.cost_micros
+INSERT INTO usage_events (
+    request_id, admit_time, organization_id, api_key_id, user_id, service_account_id, model, backend_id, endpoint,
+    outcome, prompt_tokens, cached_prompt_tokens, completion_tokens, cost_micros, event
 )
-SELECT count(*) FROM inserted
+SELECT * FROM unnest(
+    $1::text[], $2::timestamptz[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[],
+    $9::smallint[], $10::smallint[], $11::bigint[], $12::bigint[], $13::bigint[], $14::bigint[], $15::bytea[]
+)
+ON CONFLICT DO NOTHING
+RETURNING request_id, admit_time
 """
+_EVENT_COLUMNS = 15
 
-# Outcomes by their number in the contract: 1 succeeded, 2 refused.
-_SUMS = """
-    coalesce(sum(requests) FILTER (WHERE outcome <> 2), 0)::bigint AS requests,
-    coalesce(sum(requests) FILTER (WHERE outcome NOT IN (1, 2)), 0)::bigint AS failed_requests,
-    coalesce(sum(requests) FILTER (WHERE outcome = 2), 0)::bigint AS refused_requests,
-    sum(prompt_tokens)::bigint AS prompt_tokens,
-    sum(cached_prompt_tokens)::bigint AS cached_prompt_tokens,
-    sum(completion_tokens)::bigint AS completion_tokens,
-    sum(cost_micros)::bigint AS cost_micros
-"""
+# Whoever adds to sums holds this together with others; whoever closes days or takes hours away, alone. Any number will
+# do that nobody else uses.
+_ROLLUPS_LOCK = 7_264_839_105_114
+
+
+def _keys(period: str) -> str:
+    return f"organization_id, {period}, {', '.join(KEYS)}"
+
+
+def _merged(name: str) -> str:
+    """A histogram that is there and one that is added, as one: merge_cells as a part of the statement, which takes two
+    thirds of the time that calling it does."""
+    return f"""
+        CASE WHEN excluded.{name} = '{{}}' THEN sums.{name} ELSE (
+            SELECT array_agg((bucket << {COUNT_BITS}) + requests ORDER BY bucket) FROM (
+                SELECT cell >> {COUNT_BITS} AS bucket, sum(cell & {COUNT_MASK})::bigint AS requests
+                FROM unnest(sums.{name} || excluded.{name}) AS cell GROUP BY 1
+            ) AS buckets
+        ) END
+    """  # noqa: S608
+
+
+def _add_to(table: str, period: str) -> str:
+    """The statement that adds rows of a Rollup, column by column, to a table."""
+    columns = f"{_keys(period)}, {', '.join((*SUMS, *SKETCHES))}"
+    types = ["text", "timestamptz", *(["text"] * 5), "smallint", "smallint", "text", *(["bigint"] * len(SUMS))]
+    arrays = ", ".join(f"${number}::{type_}[]" for number, type_ in enumerate([*types, "text", "text"], start=1))
+    changes = [f"{name} = sums.{name} + excluded.{name}" for name in SUMS]
+    changes += [f"{name} = {_merged(name)}" for name in SKETCHES]
+    return f"""
+        INSERT INTO {table} AS sums ({columns})
+        SELECT {_keys(period)}, {", ".join(SUMS)}, {", ".join(f"{name}::bigint[]" for name in SKETCHES)}
+        FROM unnest({arrays}) AS new ({columns})
+        ON CONFLICT ({_keys(period)}) DO UPDATE SET {", ".join(changes)}
+    """  # noqa: S608
+
+
+_ADD_TO_HOURS, _ADD_TO_DAYS = _add_to("usage_hourly", "hour"), _add_to("usage_daily", "day")
+
+_CLOSE_DAY = f"""
+INSERT INTO usage_daily ({_keys("day")}, {", ".join((*SUMS, *SKETCHES))})
+SELECT organization_id, $1, {", ".join(KEYS)}, {", ".join(f"sum({name})::bigint" for name in SUMS)},
+    {", ".join(f"sum_sketches({name})" for name in SKETCHES)}
+FROM usage_hourly WHERE hour >= $1 AND hour < $2 GROUP BY organization_id, {", ".join(KEYS)}
+"""  # noqa: S608
+# For what a whole day needs.
+_LONG_S = 600.0
+_EVENTS_AT_ONCE = 5000
+
 # What says that a value is wrong, and nothing about the server.
 _REFUSED_VALUES = (
     asyncpg.DataError,
@@ -69,25 +87,13 @@ _REFUSED_VALUES = (
     asyncpg.ProgramLimitExceededError,
 )
 
-_TOTALS = ", ".join(f"coalesce(sum({name}), 0)::bigint" for name in Totals._fields)
-
-_GROUPS = {
-    UsageDimension.USAGE_DIMENSION_API_KEY: "api_key_id",
-    UsageDimension.USAGE_DIMENSION_USER: "user_id",
-    UsageDimension.USAGE_DIMENSION_SERVICE_ACCOUNT: "service_account_id",
-    UsageDimension.USAGE_DIMENSION_MODEL: "model",
-    UsageDimension.USAGE_DIMENSION_BACKEND: "backend_id",
-    UsageDimension.USAGE_DIMENSION_ENDPOINT: 'endpoint::text COLLATE "C"',
-    UsageDimension.USAGE_DIMENSION_OUTCOME: 'outcome::text COLLATE "C"',
-}
-
 
 class UnstorableEventsError(Exception):
     """PostgreSQL refuses the values of one event or more; trying again does not help."""
 
 
 class UsageStore:
-    """The tables of analytics. Every method raises PlatformError(UNAVAILABLE) when PostgreSQL is away."""
+    """The tables of events and their sums. Every method raises PlatformError(UNAVAILABLE) when PostgreSQL is away."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -99,44 +105,18 @@ class UsageStore:
         """
         if not events:
             return 0
-        columns = zip(*sorted(events), strict=True)
+        first: dict[tuple[str, datetime], Event] = {}
+        for event in sorted(events):
+            first.setdefault((event.request_id, event.admit_time), event)
         try:
-            inserted: int = await self._database.fetchval(_INSERT_EVENTS, *columns)
+            async with self._database.transaction() as connection:
+                await connection.execute(f"SELECT pg_advisory_xact_lock_shared({_ROLLUPS_LOCK})")
+                inserted = await _insert(connection, first)
+                await _sum(connection, inserted)
         except _REFUSED_VALUES as error:
             # Without the cause: PostgreSQL repeats the row in it.
             raise UnstorableEventsError(f"PostgreSQL refuses a value ({error.sqlstate})") from None
-        return inserted
-
-    async def query_usage(self, query: UsageQuery) -> tuple[list[Bucket], Totals]:
-        """Buckets in the order of time, then group, at most one more than the page holds, and the sums over all."""
-        where = Conditions()
-        edges = where.parameter(query.edges[:-1])
-        where.add("organization_id = {}", query.organization_id)
-        where.add("hour >= {}", query.edges[0])
-        where.add("hour < {}", query.edges[-1])
-        where.add_filter(query.filter)
-        groups = [f"g{index}" for index in range(len(query.group_by))]
-        selected = [f"{_GROUPS[dimension]} AS {group}" for group, dimension in zip(groups, query.group_by, strict=True)]
-        place = ", ".join(["bucket", *groups])
-        after = query.after or BucketPlace(0, ("",) * len(groups))
-        start = ", ".join([f"{where.parameter(after.bucket)}::int", *(where.parameter(value) for value in after.group)])
-        # Made of constants of this file; values are parameters.
-        sql = f"""
-            WITH buckets AS MATERIALIZED (
-                SELECT {", ".join([f"width_bucket(hour, {edges}::timestamptz[]) AS bucket", *selected])}, {_SUMS}
-                FROM usage_hourly WHERE {where} GROUP BY {place}
-            ), page AS (
-                SELECT * FROM buckets WHERE ({place}) > ({start})
-                ORDER BY {place} LIMIT {where.parameter(query.page_size + 1)}
-            )
-            SELECT {", ".join(["0 AS bucket", *(f"'' AS {group}" for group in groups)])}, {_TOTALS} FROM buckets
-            UNION ALL
-            SELECT * FROM page ORDER BY {place}
-        """  # noqa: S608
-        totals, *rows = await self._database.fetch(sql, *where.parameters)
-        width = 1 + len(groups)
-        buckets = [Bucket(BucketPlace(row[0], tuple(row[1:width])), Totals(*row[width:])) for row in rows]
-        return buckets, Totals(*totals[width:])
+        return len(inserted)
 
     async def list_records(self, query: RecordQuery) -> list[Record]:
         """Single requests, newest first, at most one more than the page holds."""
@@ -185,3 +165,133 @@ class UsageStore:
         """Make the partition of one day in UTC; returns whether it was missing."""
         missing: bool = await self._database.fetchval("SELECT ensure_usage_events_partition($1)", day)
         return missing
+
+    async def close_day(self, until: datetime) -> datetime | None:
+        """Sum the first day with usage that is not closed and lies before `until`, a midnight in UTC; returns it, or
+        None when there is none, and then all days before `until` are closed."""
+        async with self._database.transaction() as connection:
+            await _alone(connection)
+            closed_until = await connection.fetchval("SELECT closed_until FROM usage_rollups")
+            hour = await connection.fetchval(
+                "SELECT min(hour) FROM usage_hourly WHERE hour >= $1 AND hour < $2", closed_until, until
+            )
+            day = None if hour is None else day_of(hour)
+            if day is not None:
+                await connection.execute(_CLOSE_DAY, day, day + DAY, timeout=_LONG_S)
+            await connection.execute(
+                "UPDATE usage_rollups SET closed_until = greatest(closed_until, $1)", day + DAY if day else until
+            )
+        return day
+
+    async def forget_hours(self, since: datetime) -> datetime:
+        """From now on keep sums of hours since a midnight in UTC only, or since the last closed day if that is earlier;
+        returns since when. It never goes back."""
+        async with self._database.transaction() as connection:
+            await _alone(connection)
+            moment: datetime = await connection.fetchval(
+                "UPDATE usage_rollups SET hourly_since = greatest(hourly_since, least($1, closed_until))"
+                " RETURNING hourly_since",
+                since,
+            )
+        return moment
+
+    async def remove_hours(self, since: datetime, limit: int) -> int:
+        """Remove sums of hours before a moment, so many at most; returns how many."""
+        return await self._remove("usage_hourly", "hour", since, limit)
+
+    async def remove_days(self, since: datetime, limit: int) -> int:
+        """Remove sums of days before a moment, so many at most; returns how many."""
+        return await self._remove("usage_daily", "day", since, limit)
+
+    async def remove_events(self, since: datetime, limit: int) -> int:
+        """Remove events before a moment that have no partition of their own, so many at most; returns how many."""
+        return await self._remove("usage_events_default", "admit_time", since, limit)
+
+    async def _remove(self, table: str, column: str, since: datetime, limit: int) -> int:
+        found = f"SELECT ctid FROM {table} WHERE {column} < $1 LIMIT $2"  # noqa: S608
+        tag = await self._database.execute(
+            f"DELETE FROM {table} WHERE ctid = ANY(ARRAY({found}))",  # noqa: S608
+            since,
+            limit,
+        )
+        return int(tag.rpartition(" ")[2])
+
+    async def drop_partitions(self, first_kept: date) -> int:
+        """Drop the events of days before one; returns how many days that were. Raises PlatformError(UNAVAILABLE) while
+        somebody reads them."""
+        try:
+            dropped: int = await self._database.fetchval("SELECT drop_usage_events_partitions($1)", first_kept)
+        except asyncpg.LockNotAvailableError:
+            raise PlatformError(Reason.UNAVAILABLE) from None
+        return dropped
+
+    async def rebuild_day(self, day: datetime) -> int:
+        """Sum the events of one day in UTC anew, and wait with others until that is done; returns how many there were.
+        A day without events is left as it is: they may be gone."""
+        events = 0
+        within = "admit_time >= $1 AND admit_time < $2"
+        async with self._database.transaction() as connection:
+            await _alone(connection)
+            if not await connection.fetchval(
+                f"SELECT EXISTS (SELECT FROM usage_events WHERE {within})",  # noqa: S608
+                day,
+                day + DAY,
+            ):
+                return 0
+            closed_until, hourly_since = await _state(connection)
+            by_hour = day >= hourly_since
+            hours = [day + HOUR * number for number in range(24)]
+            for old in ("usage_hourly WHERE hour = ANY($1)", "usage_daily WHERE day = ANY($1)"):
+                await connection.execute(f"DELETE FROM {old}", hours, timeout=_LONG_S)  # noqa: S608
+            for hour in hours:
+                sums = Rollup(hour_of if by_hour else day_of)
+                found = await connection.cursor(
+                    f"SELECT admit_time, event FROM usage_events WHERE {within}",  # noqa: S608
+                    hour,
+                    hour + HOUR,
+                )
+                while rows := await found.fetch(_EVENTS_AT_ONCE):
+                    events += len(rows)
+                    sums.add(read_event(row["event"], row["admit_time"]) for row in rows)
+                if added := sums.rows():
+                    statement = _ADD_TO_HOURS if by_hour else _ADD_TO_DAYS
+                    await connection.execute(statement, *zip(*added, strict=True), timeout=_LONG_S)
+            if by_hour and day < closed_until:
+                await connection.execute(_CLOSE_DAY, day, day + DAY, timeout=_LONG_S)
+        return events
+
+
+async def _insert(connection: Connection, events: Mapping[tuple[str, datetime], Event]) -> list[Event]:
+    """Insert events, given by their keys and in the order of these; returns those that were not there before."""
+    records = [event[:_EVENT_COLUMNS] for event in events.values()]
+    try:
+        # COPY takes half of the time, and it is rare that an event comes twice.
+        async with connection.transaction():
+            await connection.copy_records_to_table("usage_events", records=records)
+    except (asyncpg.UniqueViolationError, OverflowError):
+        # A number that is too large is refused by name below.
+        rows = await connection.fetch(_INSERT_EVENTS, *zip(*records, strict=True))
+        return [events[row[0], row[1]] for row in rows]
+    return list(events.values())
+
+
+async def _sum(connection: Connection, events: Sequence[Event]) -> None:
+    """Add events to the sums of their hours, and of their days where these are closed."""
+    closed_until, hourly_since = await _state(connection)
+    hours, days = Rollup(hour_of), Rollup(day_of)
+    hours.add(event for event in events if event.admit_time >= hourly_since)
+    days.add(event for event in events if event.admit_time < closed_until)
+    for statement, rollup in ((_ADD_TO_HOURS, hours), (_ADD_TO_DAYS, days)):
+        if rows := rollup.rows():
+            await connection.execute(statement, *zip(*rows, strict=True))
+
+
+async def _state(connection: Connection) -> tuple[datetime, datetime]:
+    """Until when days are closed, and since when there are sums of hours."""
+    ((closed_until, hourly_since),) = await connection.fetch("SELECT closed_until, hourly_since FROM usage_rollups")
+    return closed_until, hourly_since
+
+
+async def _alone(connection: Connection) -> None:
+    """Wait until nobody adds to sums, and let nobody until the end of the transaction."""
+    await connection.execute(f"SELECT pg_advisory_xact_lock({_ROLLUPS_LOCK})", timeout=_LONG_S)

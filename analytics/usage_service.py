@@ -2,54 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from google.protobuf.timestamp_pb2 import Timestamp
-
 from aiaas.analytics.v1 import usage_service_pb2, usage_service_pb2_grpc
-from aiaas.analytics.v1.usage_service_pb2 import UsageDimension, UsageTotals
-from aiaas.type.v1.usage_event_pb2 import Endpoint, Outcome, UsageEvent
+from aiaas.analytics.v1.usage_service_pb2 import UsageBucket, UsageTotals
+from aiaas.type.v1.usage_event_pb2 import UsageEvent
 from analytics.charges import explain
-from analytics.freshness import Freshness, freshness_message
+from analytics.freshness import freshness_message
 from analytics.store import UsageStore
-from analytics.usage import (
-    Bucket,
-    Record,
-    RecordPlace,
-    UsageQuery,
-    check_charge_query,
-    read_record_query,
-    read_usage_query,
-)
+from analytics.sums_store import SumsStore
+from analytics.usage import Record, RecordPlace, Totals, check_charge_query, read_record_query, read_usage_query
+from analytics.usage_messages import bucket_message
+from analytics.usage_retention import Kept
 from mesh.clock import Clock
 from mesh.errors import PlatformError, Reason
 from mesh.pages import cut
-
-# Dimensions whose values are numbers of an enum, and the names of these.
-_NAMES: dict[UsageDimension.ValueType, dict[str, str]] = {
-    UsageDimension.USAGE_DIMENSION_ENDPOINT: {str(number): name for name, number in Endpoint.items()},
-    UsageDimension.USAGE_DIMENSION_OUTCOME: {str(number): name for name, number in Outcome.items()},
-}
 
 
 class UsageService(usage_service_pb2_grpc.UsageServiceServicer):
     """aiaas.analytics.v1.UsageService."""
 
-    def __init__(self, store: UsageStore, clock: Clock) -> None:
+    def __init__(self, store: UsageStore, sums: SumsStore, clock: Clock, kept: Kept) -> None:
         self._store = store
+        self._sums = sums
         self._clock = clock
+        self._kept = kept
 
     async def QueryUsage(
         self, request: usage_service_pb2.QueryUsageRequest, context: object
     ) -> usage_service_pb2.QueryUsageResponse:
         """Sums over a range of time, in buckets and groups."""
-        query = read_usage_query(request, self._clock.now())
-        freshness = await self._freshness()
-        buckets, totals = await self._store.query_usage(query)
-        messages, token = cut(request, buckets, query.page_size, _bucket_message(query), lambda bucket: bucket.place)
+        now = self._clock.now()
+        query = read_usage_query(request, now, self._kept.hourly_since(now))
+        freshness = await freshness_message(self._store, self._clock)
+        buckets, totals = await self._sums.usage(query)
+        to_message = bucket_message(UsageBucket, query, _totals_message)
+        messages, token = cut(request, buckets, query.page_size, to_message, lambda bucket: bucket.place)
         return usage_service_pb2.QueryUsageResponse(
             buckets=messages,
-            totals=UsageTotals(**totals._asdict()),
+            totals=_totals_message(totals),
             freshness=freshness,
             next_page_token=token,
         )
@@ -59,7 +48,7 @@ class UsageService(usage_service_pb2_grpc.UsageServiceServicer):
     ) -> usage_service_pb2.ListUsageRecordsResponse:
         """Single requests, newest first."""
         query = read_record_query(request, self._clock.now())
-        freshness = await self._freshness()
+        freshness = await freshness_message(self._store, self._clock)
         records = await self._store.list_records(query)
         messages, token = cut(
             request,
@@ -81,34 +70,9 @@ class UsageService(usage_service_pb2_grpc.UsageServiceServicer):
         record = UsageEvent.FromString(event)
         return usage_service_pb2.ExplainChargeResponse(record=record, steps=explain(record))
 
-    async def _freshness(self) -> usage_service_pb2.Freshness:
-        """Read before the sums, so that it never promises more than they hold."""
-        return freshness_message(Freshness(await self._store.complete_until(), self._clock.now()))
 
-
-def _bucket_message(query: UsageQuery) -> Callable[[Bucket], usage_service_pb2.UsageBucket]:
-    bounds = []
-    for edge in query.edges:
-        bounds.append(Timestamp())
-        bounds[-1].FromDatetime(edge)
-
-    def to_message(bucket: Bucket) -> usage_service_pb2.UsageBucket:
-        number, values = bucket.place.bucket, bucket.place.group
-        return usage_service_pb2.UsageBucket(
-            start_time=bounds[number - 1],
-            end_time=bounds[number],
-            group=[
-                usage_service_pb2.UsageGroupValue(
-                    dimension=dimension,
-                    # A value that is newer than this code is told by its number.
-                    value=_NAMES[dimension].get(value, value) if dimension in _NAMES else value,
-                )
-                for dimension, value in zip(query.group_by, values, strict=True)
-            ],
-            totals=UsageTotals(**bucket.totals._asdict()),
-        )
-
-    return to_message
+def _totals_message(totals: Totals) -> UsageTotals:
+    return UsageTotals(**totals._asdict())
 
 
 def _record_message(record: Record) -> UsageEvent:

@@ -21,9 +21,6 @@ from tests.security.world import CALLERS, STRANGERS, World, strange_id
 
 RPC_VERDICTS = {name: who for name, who in VERDICTS.items() if " " not in name}
 
-# Nobody serves them yet.
-UNSERVED = ("ReliabilityService", "SpendService")
-
 # They would end an organization that others here need.
 _ENDING = ("SuspendOrganization", "ReactivateOrganization", "DeleteOrganization")
 # What may be wrong with a request that names nothing that exists.
@@ -73,8 +70,6 @@ async def test_everybody_gets_the_declared_verdict(world: World, rpc: str) -> No
             answer = await caller.call(rpc, request_of(method, world, where, who), world.credentials[who])
             told = f"{who}, {where} organization: {answer.told}"
             expected = expected_of(method, who, where)
-            if method.containing_service.name in UNSERVED:
-                expected = "unimplemented"
             if expected is None:
                 if answer.reason not in _ANSWERS:
                     wrong.append(told)

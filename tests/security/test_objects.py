@@ -19,12 +19,14 @@ from identity.roles import PLATFORM_ADMIN
 from mesh.auth import policy_of
 from mesh.ids import new_id
 from tests.security.calls import METHODS, Answer, calling
-from tests.security.test_authorization import UNSERVED
 from tests.security.verdicts import VERDICTS
 from tests.security.world import Tenant, World, furnished, strange_id
 
 _ROLE = {"display_name": "Changed"}
 _DAY = {"start_time": "2026-01-01T00:00:00Z", "end_time": "2026-01-02T00:00:00Z"}
+_USAGE_OF: list[dict[str, Any]] = [
+    {"filter": {f"{kind}s": [f"@{kind}"]}} for kind in ("api_key_id", "user_id", "service_account_id")
+]
 _BUDGET = {
     "display_name": "Another",
     "unit": "BUDGET_UNIT_COST",
@@ -87,6 +89,7 @@ REQUESTS: dict[str, list[dict[str, Any]]] = {
     "OauthService/UpdateOauthClient": [{"oauth_client": _ROLE, "update_mask": "displayName"}],
     "PolicyService/UpdatePolicy": [{"policy": _ROLE, "update_mask": "displayName"}],
     "PolicyService/ListPolicyDecisions": [_DAY],
+    "ReliabilityService/QueryReliability": [{**_DAY, **form} for form in _USAGE_OF],
     "RoleService/UpdateRole": [{"role": _ROLE, "update_mask": "displayName"}],
     "ScimService/GetScimResource": [_SCIM],
     "ScimService/ReplaceScimResource": [{**_SCIM, "resource_json": _encoded(_USER)}],
@@ -105,9 +108,10 @@ REQUESTS: dict[str, list[dict[str, Any]]] = {
     "ServiceAccountService/UpdateServiceAccount": [
         {"service_account": {"role_ids": ["@role_id"]}, "update_mask": "roleIds"}
     ],
-    "UsageService/QueryUsage": [
-        {**_DAY, "filter": {f"{kind}s": [f"@{kind}"]}} for kind in ("api_key_id", "user_id", "service_account_id")
-    ],
+    "SpendService/QuerySpend": [{**_DAY, **form} for form in _USAGE_OF],
+    "SpendService/QueryTopSpend": [{**_DAY, "dimension": "USAGE_DIMENSION_MODEL", **form} for form in _USAGE_OF],
+    "SpendService/ForecastSpend": _USAGE_OF,
+    "UsageService/QueryUsage": [{**_DAY, **form} for form in _USAGE_OF],
     "UsageService/ListUsageRecords": [{**_DAY, "filter": {"api_key_ids": ["@api_key_id"]}}],
     "UserService/CreateUser": [{"user": {"email": "new@member.example", "role_ids": ["@role_id"]}}],
     "UserService/UpdateUser": [{"user": {"role_ids": ["@role_id"]}, "update_mask": "roleIds"}],
@@ -134,7 +138,6 @@ JUDGED = [
     for rpc, method in METHODS.items()
     if policy_of(method).permission
     and "organization_id" in method.input_type.fields_by_name
-    and method.containing_service.name not in UNSERVED
     and (rpc in REQUESTS or set(_ids(method)) - ABSENT)
 ]
 

@@ -15,7 +15,7 @@ from edge.openapi.endpoint import FILES
 from edge.peers import linked_services
 from edge.scim.endpoints import KINDS
 from edge.transcode.routes import WHOLE_REQUEST, Route, RouteTable
-from tests.security.test_authorization import UNSERVED, expected_of, places, request_of
+from tests.security.test_authorization import expected_of, places, request_of
 from tests.security.verdicts import VERDICTS
 from tests.security.world import CALLERS, STRANGERS, World
 
@@ -51,8 +51,6 @@ async def test_routes_answer_as_their_rpcs(world: World, part: int) -> None:
             request = request_of(route.method, world, where, who)
             path, query, body = _rest(route, request)
             expected = expected_of(route.method, who, where)
-            if route.method.containing_service.name in UNSERVED and who != "nobody":
-                expected = "unimplemented"
             status, told = await _answer(session, route.verb, path, world.credentials[who], query, body)
             # How one signs in has refusals of its own.
             refusals = (403, 500) if route.is_public else (401, 403, 500)
@@ -78,8 +76,6 @@ async def test_routes_of_the_edge_itself_keep_their_verdicts(world: World, name:
             status, told = await _answer(session, verb, template, world.credentials[who], query, {})
             if VERDICTS[name] == ["itself"]:
                 is_right = status in (400, 401, 403)
-            elif VERDICTS[name] == ["unserved"]:
-                is_right = status == (401 if who in STRANGERS else 501)
             elif VERDICTS[name] == ["anybody"]:
                 is_right = status == 200
             elif who in STRANGERS:

@@ -32,6 +32,7 @@ from analytics.exporter import Exporter
 from analytics.exports import AT_ONCE, KEPT
 from analytics.object_storage import Storage
 from analytics.store import UsageStore
+from analytics.usage_retention import Kept, close_days, remove_old
 from deploy.local.servers import SeaweedFS
 from mesh.auth import Principal
 from mesh.database import Database
@@ -221,6 +222,25 @@ async def test_sums_are_of_whole_periods(exports: Exports, granularity: str, sta
     rows = [(datetime.fromisoformat(row["start_time"]).hour, int(row["requests"])) for row in rows_of(file)]
     assert rows == starts
     assert sum(int(row["cost_micros"]) for row in rows_of(file)) == 75
+
+
+async def test_days_are_exported_when_their_hours_are_gone(exports: Exports) -> None:
+    day = (NOW - timedelta(days=100)).replace(hour=0, minute=0, second=0, microsecond=0)
+    await exports.count(
+        *(usage_event(f"req_{hour}", day + timedelta(hours=hour)) for hour in (0, 23, 24)), usage_event("req_new")
+    )
+    await close_days(exports.usage, exports.clock)
+    await remove_old(exports.usage, exports.clock, Kept())
+    whole: dict[str, Any] = {"start_time": at(day), "end_time": at(day + timedelta(days=2))}
+    for granularity, requests in (("DAILY", ["2", "1"]), ("MONTHLY", ["3"])):
+        _, file = await exports.made(granularity=granularity, **whole)
+        assert [row["requests"] for row in rows_of(file)] == requests
+    part = {**whole, "start_time": at(day + timedelta(hours=1))}
+    for granularity, fields in (("HOURLY", whole), ("DAILY", part)):
+        made = await exports.create(granularity=granularity, **fields)
+        assert await exports.exporter.work()
+        told = (await exports.get(made)).export
+        assert (told.state, told.failure_reason) == (pb.EXPORT_STATE_FAILED, "hours_gone")
 
 
 async def test_parquet_and_compressed_files_hold_the_same(exports: Exports) -> None:

@@ -26,9 +26,12 @@ from aiaas.analytics.v1 import usage_service_pb2 as pb
 from aiaas.identity.v1.auth_service_pb2 import AuthenticateResponse
 from aiaas.type.v1.principal_pb2 import PRINCIPAL_KIND_USER, Principal
 from analytics.config import AnalyticsConfig
+from analytics.events import read_event
 from analytics.server import serve
+from analytics.store import UsageStore
 from mesh.broker import Broker
 from mesh.config import load
+from mesh.database import Database
 from mesh.errors import PlatformError, Reason, from_rpc_error
 from mesh.topology import EVENTS, USAGE
 from tests.doubles.peer import PeerDouble
@@ -39,6 +42,13 @@ from tests.doubles.webhook_receiver import WebhookReceiver
 from tests.integration.analytics.harness import wait_until
 
 SECRET_KEY = base64.b64encode(b"k" * 32).decode()
+WIRES = {
+    "AIAAS_ANALYTICS_REDIS_URL": "redis://nowhere",
+    "AIAAS_ANALYTICS_AMQP_URL": "amqp://nowhere",
+    "AIAAS_ANALYTICS_IDENTITY_TARGET": "unix:nowhere",
+    "AIAAS_ANALYTICS_ROUTER_TARGET": "unix:nowhere",
+    "AIAAS_ANALYTICS_SECRET_KEY": SECRET_KEY,
+}
 METADATA = (("authorization", "Bearer session"),)
 
 
@@ -142,23 +152,34 @@ async def command(*arguments: str, **environ: str) -> tuple[int, str]:
 
 
 async def test_migrate_makes_the_schema_once(postgres_url: str) -> None:
-    environ = {
-        "AIAAS_ANALYTICS_DATABASE_URL": postgres_url,
-        "AIAAS_ANALYTICS_REDIS_URL": "redis://nowhere",
-        "AIAAS_ANALYTICS_AMQP_URL": "amqp://nowhere",
-        "AIAAS_ANALYTICS_IDENTITY_TARGET": "unix:nowhere",
-        "AIAAS_ANALYTICS_ROUTER_TARGET": "unix:nowhere",
-        "AIAAS_ANALYTICS_SECRET_KEY": SECRET_KEY,
-    }
+    environ = {**WIRES, "AIAAS_ANALYTICS_DATABASE_URL": postgres_url}
     applied = (
         "0001_analytics.sql",
         "0002_events.sql",
         "0003_reconciliations.sql",
         "0004_exports.sql",
+        "0005_rollups.sql",
         "0006_statements.sql",
     )
     assert await command("migrate", **environ) == (0, "".join(f"applied {name}\n" for name in applied))
     assert await command("migrate", **environ) == (0, "nothing to apply\n")
+
+
+async def test_rebuild_sums_events_anew(database_url: str, store: UsageStore, database: Database) -> None:
+    now = datetime.now(UTC)
+    event = usage_event(admit_time=now, duration_micros=1000)
+    await store.insert_events([read_event(event.SerializeToString(), now)])
+    await database.execute("UPDATE usage_hourly SET latency = '{}'")
+    status, output = await command("rebuild", **{**WIRES, "AIAAS_ANALYTICS_DATABASE_URL": database_url})
+    assert (status, output.splitlines()[-1]) == (0, "1 events are summed anew")
+    assert await database.fetchval("SELECT cardinality(latency) FROM usage_hourly") == 1
+    away = {**WIRES, "AIAAS_ANALYTICS_DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none"}
+    status, output = await command("rebuild", **away)
+    assert (status, output.splitlines()[-1]) == (
+        1,
+        f"analytics cannot rebuild: {PlatformError(Reason.UNAVAILABLE).message}",
+    )
+    assert (await command("rebuild"))[0] == 2
 
 
 async def test_wrong_configuration_is_named() -> None:

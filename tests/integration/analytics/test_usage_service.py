@@ -1,8 +1,7 @@
 """Questions over gRPC: sums by every dimension and zone, single requests, pages, and nobody else's usage."""
 
-import random
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -11,56 +10,22 @@ from zoneinfo import ZoneInfo
 
 import grpc
 import pytest
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from aiaas.analytics.v1 import usage_service_pb2 as pb
 from aiaas.analytics.v1 import usage_service_pb2_grpc
-from aiaas.type.v1.usage_event_pb2 import Endpoint, Outcome, TokenUsage, UsageEvent
+from aiaas.type.v1.usage_event_pb2 import Outcome, UsageEvent
 from analytics.events import read_event
 from analytics.freshness import DELAYED, STALE
 from analytics.store import UsageStore
-from analytics.usage_service import UsageService
-from mesh.auth import Principal
+from analytics.usage_retention import Kept
+from mesh.database import Database
 from mesh.errors import PlatformError, Reason, from_rpc_error
-from mesh.interceptors import chain
-from mesh.server import GrpcServer
 from tests.doubles.clock import ManualClock
 from tests.doubles.usage_events import NOW, usage_event
+from tests.integration.analytics.questions import DIMENSIONS, FILTERS, START, asking, many_events, own, stamp
 
-DIMENSIONS: dict[pb.UsageDimension.ValueType, Callable[[UsageEvent], str]] = {
-    pb.USAGE_DIMENSION_API_KEY: lambda event: event.api_key_id,
-    pb.USAGE_DIMENSION_USER: lambda event: event.user_id,
-    pb.USAGE_DIMENSION_SERVICE_ACCOUNT: lambda event: event.service_account_id,
-    pb.USAGE_DIMENSION_MODEL: lambda event: event.model,
-    pb.USAGE_DIMENSION_BACKEND: lambda event: event.backend_id,
-    pb.USAGE_DIMENSION_ENDPOINT: lambda event: Endpoint.Name(event.endpoint),
-    pb.USAGE_DIMENSION_OUTCOME: lambda event: Outcome.Name(event.outcome),
-}
-FILTERS: list[tuple[dict[str, Any], Callable[[UsageEvent], bool]]] = [
-    ({"api_key_ids": ["key_0", "key_1"]}, lambda event: event.api_key_id in ("key_0", "key_1")),
-    ({"user_ids": [""]}, lambda event: event.user_id == ""),
-    ({"service_account_ids": ["sa_1"]}, lambda event: event.service_account_id == "sa_1"),
-    ({"models": ["model-2"]}, lambda event: event.model == "model-2"),
-    ({"backend_ids": ["backend-1"]}, lambda event: event.backend_id == "backend-1"),
-    ({"endpoints": [Endpoint.ENDPOINT_EMBEDDINGS]}, lambda event: event.endpoint == Endpoint.ENDPOINT_EMBEDDINGS),
-    ({"outcomes": [Outcome.OUTCOME_FAILED]}, lambda event: event.outcome == Outcome.OUTCOME_FAILED),
-    (
-        {"models": ["model-1"], "outcomes": [Outcome.OUTCOME_SUCCEEDED]},
-        lambda event: event.model == "model-1" and event.outcome == Outcome.OUTCOME_SUCCEEDED,
-    ),
-    ({"models": ["'; DROP TABLE usage_hourly; --"]}, lambda event: False),
-]
-START = NOW - timedelta(days=60)
-
-
-class Authenticated:
-    """Takes a credential for the id of its organization."""
-
-    async def authenticate(self, credential: str) -> Principal:
-        permissions = frozenset({"usage.query", "usage.list_records", "usage.explain"})
-        if credential == "nothing":
-            permissions = frozenset()
-        return Principal("user", "user_a", credential, user_id="user_a", permissions=permissions)
+# Some of the days on which clocks change are longer ago than hours are kept by default.
+KEPT = Kept(hourly=timedelta(days=400))
 
 
 @dataclass
@@ -92,60 +57,14 @@ class Usage:
 
 
 @pytest.fixture
-async def usage(store: UsageStore, tmp_path: Path) -> AsyncIterator[Usage]:
-    """UsageService on a socket, behind the interceptors of production."""
-    clock = ManualClock(NOW)
-    address = f"unix:{tmp_path}/analytics"
-    service = (
-        pb.DESCRIPTOR.services_by_name["UsageService"],
-        usage_service_pb2_grpc.add_UsageServiceServicer_to_server,
-        UsageService(store, clock),
-    )
-    server = GrpcServer(address, [service], chain(Authenticated()), drain_s=1)
-    await server.start()
-    async with grpc.aio.insecure_channel(address) as channel:
-        yield Usage(usage_service_pb2_grpc.UsageServiceStub(channel), store, clock)
-    await server.stop()
-
-
-def stamp(moment: datetime) -> Timestamp:
-    timestamp = Timestamp()
-    timestamp.FromDatetime(moment)
-    return timestamp
+async def usage(database: Database, tmp_path: Path) -> AsyncIterator[Usage]:
+    """A running UsageService."""
+    async with asking(database, tmp_path, KEPT) as asked:
+        yield Usage(asked.usage, asked.store, asked.clock)
 
 
 def question(start: datetime = START, end: datetime = NOW, **fields: Any) -> pb.QueryUsageRequest:
     return pb.QueryUsageRequest(organization_id="org_a", start_time=stamp(start), end_time=stamp(end), **fields)
-
-
-def many_events() -> list[UsageEvent]:
-    """Two organizations' usage over 60 days, of every kind."""
-    source = random.Random(3)
-    events = []
-    for number in range(500):
-        outcome = source.choice([*[Outcome.OUTCOME_SUCCEEDED] * 3, *Outcome.values()[2:]])
-        refused = outcome == Outcome.OUTCOME_REFUSED
-        events.append(
-            usage_event(
-                f"req_{number:03}",
-                START + timedelta(seconds=source.randrange(60 * 86_400)),
-                organization_id=source.choice(["org_a", "org_a", "org_b"]),
-                api_key_id=f"key_{source.randrange(3)}",
-                user_id=source.choice(["", "user_a", "user_b"]),
-                service_account_id=source.choice(["", "sa_1"]),
-                model=f"model-{source.randrange(4)}",
-                backend_id=source.choice(["", "backend-1", "backend-2"]),
-                endpoint=source.choice([Endpoint.ENDPOINT_CHAT_COMPLETIONS, Endpoint.ENDPOINT_EMBEDDINGS]),
-                outcome=outcome,
-                usage=None if refused else TokenUsage(prompt_tokens=number, completion_tokens=source.randrange(90)),
-                cost_micros=0 if refused else number * 7,
-            )
-        )
-    return events
-
-
-def own(events: Sequence[UsageEvent]) -> list[UsageEvent]:
-    return [event for event in events if event.organization_id == "org_a"]
 
 
 def sums(events: Sequence[UsageEvent]) -> pb.UsageTotals:

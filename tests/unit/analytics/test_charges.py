@@ -3,8 +3,11 @@
 from datetime import UTC, datetime
 from typing import Any
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from aiaas.type.v1 import usage_event_pb2 as pb
-from analytics.charges import explain
+from analytics.charges import cost_micros, cost_parts, explain
 from tests.doubles.costs import CASES
 from tests.doubles.usage_events import usage_event
 
@@ -118,3 +121,38 @@ def test_every_recorded_cost_follows_from_its_record() -> None:
         steps = explain(answered(price=case.price, usage=case.usage, cost_micros=case.cost_micros))
         assert any(step.endswith(f"rounded up: {case.cost_micros:,} micro-dollars.") for step in steps), case
         assert not any("says otherwise" in step for step in steps), case
+
+
+AMOUNT = st.integers(0, 10**9)
+
+
+@given(AMOUNT, AMOUNT, AMOUNT, AMOUNT, AMOUNT, AMOUNT)
+def test_parts_of_a_cost_are_its_sum_and_each_is_what_its_tokens_cost(
+    prompt: int, cached: int, completion: int, prompt_price: int, cached_price: int, completion_price: int
+) -> None:
+    price = pb.PriceSnapshot(
+        prompt_micros_per_million=prompt_price,
+        cached_prompt_micros_per_million=cached_price,
+        completion_micros_per_million=completion_price,
+    )
+    usage = pb.TokenUsage(prompt_tokens=prompt + cached, cached_prompt_tokens=cached, completion_tokens=completion)
+    cost = cost_micros(price, usage)
+    parts = cost_parts(price, usage, cost)
+    assert sum(parts) == cost
+    exact = (prompt * prompt_price, cached * cached_price, completion * completion_price)
+    for part, micros in zip(parts, exact, strict=True):
+        assert abs(part * 10**6 - micros) < 2 * 10**6
+        assert part >= 0
+        assert micros or not part
+
+
+def test_cost_without_a_price_is_divided_by_tokens_and_without_tokens_is_that_of_completion() -> None:
+    assert cost_parts(
+        pb.PriceSnapshot(), pb.TokenUsage(prompt_tokens=3, cached_prompt_tokens=1, completion_tokens=1), 8
+    ) == (
+        4,
+        2,
+        2,
+    )
+    assert cost_parts(pb.PriceSnapshot(), pb.TokenUsage(), 7) == (0, 0, 7)
+    assert cost_parts(PRICE, USAGE, 0) == (0, 0, 0)

@@ -95,6 +95,29 @@ def test_event_that_is_late_by_two_days_or_from_a_clock_ahead_is_read() -> None:
         assert read_event(usage_event(admit_time=NOW + offset).SerializeToString(), NOW).admit_time == NOW + offset
 
 
+def test_only_what_was_measured_is_a_duration() -> None:
+    answered: dict[str, Any] = {"duration_micros": 900, "ttft_micros": 90}
+    for fields, durations in (
+        ({"streamed": True}, (900, 90)),
+        ({"streamed": False}, (900, 0)),
+        ({"streamed": True, "ttft_micros": 0}, (900, 0)),
+        ({"streamed": True, "duration_micros": -1, "ttft_micros": -1}, (0, 0)),
+        ({"streamed": True, "outcome": Outcome.OUTCOME_REFUSED, "usage": None, "cost_micros": 0}, (0, 0)),
+    ):
+        event = read_event(usage_event(**{**answered, **fields}).SerializeToString(), NOW)
+        assert (event.latency_micros, event.ttft_micros) == durations
+
+
+def test_reason_that_is_no_stable_one_is_another() -> None:
+    for told, kept in (
+        ("", ""),
+        ("backend_timeout", "backend_timeout"),
+        ("Model x is gone", "other"),
+        ("x" * 65, "other"),
+    ):
+        assert read_event(usage_event(reason=told).SerializeToString(), NOW).reason == kept
+
+
 def test_refused_request_needs_no_model_and_no_endpoint() -> None:
     event = usage_event(outcome=Outcome.OUTCOME_REFUSED, model="", endpoint=0, usage=None, cost_micros=0)
     assert read_event(event.SerializeToString(), NOW).outcome == Outcome.OUTCOME_REFUSED
