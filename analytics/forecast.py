@@ -26,7 +26,7 @@ from aiaas.analytics.v1.usage_service_pb2 import UsageInterval
 from analytics.rollups import hour_of
 from analytics.spend import SpendTotals
 from analytics.usage import Bucket, UsageQuery, read_filter, read_text
-from analytics.usage_range import DAY, HOUR, edges_of, midnight, month_after, read_zone
+from analytics.usage_range import DAY, HOUR, Coverage, edges_of, midnight, month_after, read_zone
 from mesh.fields import invalid
 
 HISTORY_DAYS = 56
@@ -89,7 +89,9 @@ class ForecastQuery:
         return [DayCost(day, *costs.get(day, (0, 0))) for day in days]
 
 
-def read_forecast_query(request: spend_service_pb2.ForecastSpendRequest, now: datetime) -> ForecastQuery:
+def read_forecast_query(
+    request: spend_service_pb2.ForecastSpendRequest, now: datetime, coverage: Coverage
+) -> ForecastQuery:
     """What `request` asks for. Raises PlatformError(INVALID_ARGUMENT) that names the first field that is wrong."""
     interval = _INTERVALS.get(request.interval)
     if interval is None:
@@ -97,7 +99,7 @@ def read_forecast_query(request: spend_service_pb2.ForecastSpendRequest, now: da
     zone = read_zone(request.time_zone)
     today = now.astimezone(zone).date()
     since = midnight(today - DAY * HISTORY_DAYS, zone)
-    edges = edges_of(since, now + HOUR, UsageInterval.USAGE_INTERVAL_HOUR, zone, since)
+    edges = edges_of(since, now + HOUR, UsageInterval.USAGE_INTERVAL_HOUR, zone, coverage.hourly_since)
     return ForecastQuery(
         now=now,
         zone=zone,
@@ -110,6 +112,7 @@ def read_forecast_query(request: spend_service_pb2.ForecastSpendRequest, now: da
             filter=read_filter(request.filter),
             page_size=len(edges),
             after=None,
+            coverage=coverage,
         ),
     )
 

@@ -10,7 +10,6 @@ from analytics.store import UsageStore
 from analytics.sums_store import SumsStore
 from analytics.usage import read_usage_query
 from analytics.usage_messages import bucket_message
-from analytics.usage_retention import Kept
 from mesh.clock import Clock
 from mesh.pages import cut
 
@@ -18,23 +17,18 @@ from mesh.pages import cut
 class ReliabilityService(reliability_service_pb2_grpc.ReliabilityServiceServicer):
     """aiaas.analytics.v1.ReliabilityService."""
 
-    def __init__(self, store: UsageStore, sums: SumsStore, clock: Clock, kept: Kept) -> None:
+    def __init__(self, store: UsageStore, sums: SumsStore, clock: Clock) -> None:
         self._store = store
         self._sums = sums
         self._clock = clock
-        self._kept = kept
 
     async def QueryReliability(
         self, request: pb.QueryReliabilityRequest, context: object
     ) -> pb.QueryReliabilityResponse:
         """Error rates and percentiles over a range of time, in buckets and groups."""
-        now = self._clock.now()
-        hourly_since = self._kept.hourly_since(now)
-        query = read_usage_query(request, now, hourly_since)
+        query = read_usage_query(request, self._clock.now(), await self._sums.coverage())
         freshness = await freshness_message(self._store, self._clock)
-        buckets, totals, previous = await self._sums.reliability(
-            query, query.before(hourly_since) if request.compare else None
-        )
+        buckets, totals, previous = await self._sums.reliability(query, query.before if request.compare else None)
         to_message = bucket_message(pb.ReliabilityBucket, query, _totals_message)
         messages, token = cut(request, buckets, query.page_size, to_message, lambda bucket: bucket.place)
         return pb.QueryReliabilityResponse(

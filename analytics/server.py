@@ -163,17 +163,17 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
                 (
                     usage_service_pb2.DESCRIPTOR.services_by_name["UsageService"],
                     usage_service_pb2_grpc.add_UsageServiceServicer_to_server,
-                    UsageService(store, sums, clock, kept),
+                    UsageService(store, sums, clock),
                 ),
                 (
                     spend_service_pb2.DESCRIPTOR.services_by_name["SpendService"],
                     spend_service_pb2_grpc.add_SpendServiceServicer_to_server,
-                    SpendService(store, sums, clock, kept),
+                    SpendService(store, sums, clock),
                 ),
                 (
                     reliability_service_pb2.DESCRIPTOR.services_by_name["ReliabilityService"],
                     reliability_service_pb2_grpc.add_ReliabilityServiceServicer_to_server,
-                    ReliabilityService(store, sums, clock, kept),
+                    ReliabilityService(store, sums, clock),
                 ),
                 (
                     event_service_pb2.DESCRIPTOR.services_by_name["EventService"],

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from aiaas.analytics.v1 import spend_service_pb2
 from aiaas.analytics.v1.usage_service_pb2 import UsageInterval
 from analytics.usage import UsageQuery, check_dimension, read_filter, read_text
-from analytics.usage_range import check_range, edges_of, read_moment, read_zone
+from analytics.usage_range import Coverage, check_range, edges_of, read_moment, read_zone
 from mesh.fields import invalid
 
 _TOP = 10
@@ -30,9 +30,7 @@ class SpendTotals(NamedTuple):
         return SpendTotals(*(own - sum(column) for own, *column in zip(self, *others, strict=True)))
 
 
-def read_top_query(
-    request: spend_service_pb2.QueryTopSpendRequest, now: datetime, hourly_since: datetime
-) -> UsageQuery:
+def read_top_query(request: spend_service_pb2.QueryTopSpendRequest, now: datetime, coverage: Coverage) -> UsageQuery:
     """What `request` asks for, as a query in one bucket whose page is as long as the list. Raises
     PlatformError(INVALID_ARGUMENT) that names the first field that is wrong."""
     end = read_moment(request.end_time, "end_time") if request.HasField("end_time") else now
@@ -43,9 +41,10 @@ def read_top_query(
         raise invalid("limit", "must not be negative")
     return UsageQuery(
         organization_id=read_text(request.organization_id, "organization_id"),
-        edges=edges_of(start, end, UsageInterval.USAGE_INTERVAL_UNSPECIFIED, read_zone(""), hourly_since),
+        edges=edges_of(start, end, UsageInterval.USAGE_INTERVAL_UNSPECIFIED, read_zone(""), coverage.hourly_since),
         group_by=(request.dimension,),
         filter=read_filter(request.filter),
         page_size=min(request.limit or _TOP, _TOP_MOST),
         after=None,
+        coverage=coverage,
     )

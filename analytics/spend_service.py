@@ -11,7 +11,6 @@ from analytics.store import UsageStore
 from analytics.sums_store import SumsStore
 from analytics.usage import read_usage_query
 from analytics.usage_messages import bucket_message, group_message
-from analytics.usage_retention import Kept
 from mesh.clock import Clock
 from mesh.conversions import to_timestamp
 from mesh.pages import cut
@@ -20,17 +19,14 @@ from mesh.pages import cut
 class SpendService(spend_service_pb2_grpc.SpendServiceServicer):
     """aiaas.analytics.v1.SpendService."""
 
-    def __init__(self, store: UsageStore, sums: SumsStore, clock: Clock, kept: Kept) -> None:
+    def __init__(self, store: UsageStore, sums: SumsStore, clock: Clock) -> None:
         self._store = store
         self._sums = sums
         self._clock = clock
-        self._kept = kept
 
     async def QuerySpend(self, request: pb.QuerySpendRequest, context: object) -> pb.QuerySpendResponse:
         """Cost over a range of time, in buckets and groups."""
-        now = self._clock.now()
-        hourly_since = self._kept.hourly_since(now)
-        query = read_usage_query(request, now, hourly_since)
+        query = read_usage_query(request, self._clock.now(), await self._sums.coverage())
         freshness = await freshness_message(self._store, self._clock)
         buckets, totals = await self._sums.spend(query)
         to_message = bucket_message(pb.SpendBucket, query, _totals_message)
@@ -39,14 +35,13 @@ class SpendService(spend_service_pb2_grpc.SpendServiceServicer):
             buckets=messages, totals=_totals_message(totals), freshness=freshness, next_page_token=token
         )
         if request.compare:
-            _, previous = await self._sums.spend(query.before(hourly_since))
+            _, previous = await self._sums.spend(query.before)
             answer.previous_totals.CopyFrom(_totals_message(previous))
         return answer
 
     async def QueryTopSpend(self, request: pb.QueryTopSpendRequest, context: object) -> pb.QueryTopSpendResponse:
         """The costliest values of one dimension."""
-        now = self._clock.now()
-        query = read_top_query(request, now, self._kept.hourly_since(now))
+        query = read_top_query(request, self._clock.now(), await self._sums.coverage())
         freshness = await freshness_message(self._store, self._clock)
         top, totals = await self._sums.top_spend(query)
         return pb.QueryTopSpendResponse(
@@ -65,7 +60,7 @@ class SpendService(spend_service_pb2_grpc.SpendServiceServicer):
 
     async def ForecastSpend(self, request: pb.ForecastSpendRequest, context: object) -> pb.ForecastSpendResponse:
         """Spend at the end of the running period."""
-        query = read_forecast_query(request, self._clock.now())
+        query = read_forecast_query(request, self._clock.now(), await self._sums.coverage())
         freshness = await freshness_message(self._store, self._clock)
         hours, _ = await self._sums.spend(query.hours)
         made = forecast(query, query.days(hours))

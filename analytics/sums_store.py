@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Any, TypeVar
 
 from aiaas.analytics.v1.usage_service_pb2 import UsageDimension
@@ -12,7 +11,7 @@ from analytics.rollups import SKETCHES
 from analytics.sketches import COUNT_BITS, COUNT_MASK
 from analytics.spend import SpendTotals
 from analytics.usage import Bucket, BucketPlace, Totals, UsageQuery
-from analytics.usage_range import spans_of
+from analytics.usage_range import Coverage, spans_of
 from mesh.database import Connection, Database
 
 T = TypeVar("T", Totals, SpendTotals)
@@ -54,6 +53,13 @@ class SumsStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
+    async def coverage(self) -> Coverage:
+        """What sums there are. Days may be closed meanwhile: hours of a closed day are not gone for long after."""
+        ((closed_until, hourly_since),) = await self._database.fetch(
+            "SELECT closed_until, hourly_since FROM usage_rollups"
+        )
+        return Coverage(closed_until, hourly_since)
+
     async def usage(self, query: UsageQuery) -> tuple[list[Bucket[Totals]], Totals]:
         """Buckets in the order of time, then group, at most one more than the page holds, and the sums over all."""
         return await self._sums(query, _USAGE, Totals)
@@ -65,7 +71,7 @@ class SumsStore:
     async def top_spend(self, query: UsageQuery) -> tuple[list[tuple[str, SpendTotals]], SpendTotals]:
         """The costliest groups, which are of one dimension, costliest first, as many as the page holds; and the sums
         over all. What costs nothing is not among them."""
-        question = _Question(query, await self._closed_until())
+        question = _Question(query)
         rows = await self._database.fetch(
             f"""
             WITH buckets AS MATERIALIZED (
@@ -88,16 +94,15 @@ class SumsStore:
     ) -> tuple[list[Bucket[ReliabilityTotals]], ReliabilityTotals, ReliabilityTotals | None]:
         """Buckets as those of usage, the totals over all, and over the time `before` if that is given; all of one
         moment."""
-        closed_until = await self._closed_until()
         async with self._database.transaction() as connection:
             await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-            buckets = await _reliability(connection, query, closed_until)
-            totals = await _reliability(connection, query.as_whole, closed_until)
-            previous = await _reliability(connection, before, closed_until) if before else None
+            buckets = await _reliability(connection, query)
+            totals = await _reliability(connection, query.as_whole)
+            previous = await _reliability(connection, before) if before else None
         return buckets, _whole(totals), None if previous is None else _whole(previous)
 
     async def _sums(self, query: UsageQuery, sums: str, kind: type[T]) -> tuple[list[Bucket[T]], T]:
-        question = _Question(query, await self._closed_until())
+        question = _Question(query)
         place, groups = question.place, "".join(f", '' AS {group}" for group in question.groups)
         # Made of constants of this file; values are parameters.
         sql = f"""
@@ -115,22 +120,17 @@ class SumsStore:
         buckets = [Bucket(BucketPlace(row[0], tuple(row[1:width])), kind(*row[width:])) for row in rows]
         return buckets, kind(*totals[width:])
 
-    async def _closed_until(self) -> datetime:
-        """Until when days are summed. It may move on meanwhile: hours of a closed day are not gone for long after."""
-        moment: datetime = await self._database.fetchval("SELECT closed_until FROM usage_rollups")
-        return moment
-
 
 class _Question:
     """The parts of a statement that every question has: which rows, in which places."""
 
-    def __init__(self, query: UsageQuery, closed_until: datetime) -> None:
+    def __init__(self, query: UsageQuery) -> None:
         self._query = query
         self.where = where = Conditions()
         edges = where.parameter(query.edges[:-1])
         where.add("organization_id = {}", query.organization_id)
         where.add_filter(query.filter)
-        self.source = where.sums(query.organization_id, *spans_of(query.edges, closed_until))
+        self.source = where.sums(query.organization_id, *spans_of(query.edges, query.coverage.closed_until))
         self.groups = [f"g{index}" for index in range(len(query.group_by))]
         self.place = ", ".join(["bucket", *self.groups])
         selected = [
@@ -146,10 +146,8 @@ class _Question:
         return f"SELECT * FROM {rows} WHERE ({self.place}) > ({start}) ORDER BY {self.place} LIMIT {limit}"  # noqa: S608
 
 
-async def _reliability(
-    connection: Connection, query: UsageQuery, closed_until: datetime
-) -> list[Bucket[ReliabilityTotals]]:
-    question = _Question(query, closed_until)
+async def _reliability(connection: Connection, query: UsageQuery) -> list[Bucket[ReliabilityTotals]]:
+    question = _Question(query)
     place = question.place
     sketches = ", ".join(_percentiles(name, place) for name in SKETCHES)
     # Made of constants of this file; values are parameters.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
@@ -15,7 +15,7 @@ import msgspec
 from aiaas.analytics.v1 import reliability_service_pb2, spend_service_pb2, usage_service_pb2
 from aiaas.analytics.v1.usage_service_pb2 import UsageDimension, UsageInterval
 from aiaas.type.v1.usage_event_pb2 import Endpoint, Outcome
-from analytics.usage_range import check_range, edges_of, read_moment, read_zone
+from analytics.usage_range import Coverage, check_range, edges_of, read_moment, read_zone
 from mesh import pages
 from mesh.fields import invalid
 
@@ -31,8 +31,8 @@ Question: TypeAlias = (
 BUCKETS = 1000
 BUCKETS_MOST = 10_000
 
+_NEVER_CLOSED = Coverage()
 _RECORDS_SINCE = timedelta(hours=24)
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 _INTERVALS = frozenset(UsageInterval.values())
 _DIMENSIONS = frozenset(UsageDimension.values()) - {UsageDimension.USAGE_DIMENSION_UNSPECIFIED}
@@ -78,18 +78,19 @@ class UsageQuery:
     filter: Filter
     page_size: int
     after: BucketPlace | None
+    coverage: Coverage
 
     @property
     def as_whole(self) -> UsageQuery:
         """The same without buckets, groups and pages."""
         return replace(self, edges=(self.edges[0], self.edges[-1]), group_by=(), page_size=1, after=None)
 
-    def before(self, hourly_since: datetime) -> UsageQuery:
+    @property
+    def before(self) -> UsageQuery:
         """As a whole, of the time of the same length just before."""
         start, end = self.edges[0], self.edges[-1]
-        edges = edges_of(
-            start - (end - start), start, UsageInterval.USAGE_INTERVAL_UNSPECIFIED, read_zone(""), hourly_since
-        )
+        whole = UsageInterval.USAGE_INTERVAL_UNSPECIFIED
+        edges = edges_of(start - (end - start), start, whole, read_zone(""), self.coverage.hourly_since)
         return replace(self.as_whole, edges=edges)
 
 
@@ -133,11 +134,8 @@ class Record(NamedTuple):
     event: bytes
 
 
-def read_usage_query(request: Question, now: datetime, hourly_since: datetime = _EPOCH) -> UsageQuery:
-    """What `request` asks for, where hours are kept since `hourly_since`.
-
-    Raises PlatformError(INVALID_ARGUMENT) that names the first field that is wrong.
-    """
+def read_usage_query(request: Question, now: datetime, coverage: Coverage = _NEVER_CLOSED) -> UsageQuery:
+    """What `request` asks for. Raises PlatformError(INVALID_ARGUMENT) that names the first field that is wrong."""
     if not request.HasField("start_time"):
         raise invalid("start_time", "is required")
     start = read_moment(request.start_time, "start_time")
@@ -145,7 +143,7 @@ def read_usage_query(request: Question, now: datetime, hourly_since: datetime = 
     check_range(start, end)
     if request.interval not in _INTERVALS:
         raise invalid("interval", "must be a known interval")
-    edges = edges_of(start, end, request.interval, read_zone(request.time_zone), hourly_since)
+    edges = edges_of(start, end, request.interval, read_zone(request.time_zone), coverage.hourly_since)
     group_by = tuple(request.group_by)
     for index, dimension in enumerate(group_by):
         check_dimension(dimension, f"group_by[{index}]")
@@ -161,6 +159,7 @@ def read_usage_query(request: Question, now: datetime, hourly_since: datetime = 
         filter=read_filter(request.filter),
         page_size=pages.read_page_size(request.page_size, BUCKETS, BUCKETS_MOST),
         after=after,
+        coverage=coverage,
     )
 
 

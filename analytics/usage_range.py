@@ -31,6 +31,13 @@ DAY = timedelta(days=1)
 _YEARS = range(1970, 9999)
 
 
+class Coverage(NamedTuple):
+    """Days before `closed_until` are summed, hours are kept since `hourly_since`; both are midnights in UTC."""
+
+    closed_until: datetime = datetime(1970, 1, 1, tzinfo=UTC)
+    hourly_since: datetime = datetime(1970, 1, 1, tzinfo=UTC)
+
+
 class Span(NamedTuple):
     """A time from `start` to `end`, exclusive."""
 

@@ -11,7 +11,6 @@ from analytics.store import UsageStore
 from analytics.sums_store import SumsStore
 from analytics.usage import Record, RecordPlace, Totals, check_charge_query, read_record_query, read_usage_query
 from analytics.usage_messages import bucket_message
-from analytics.usage_retention import Kept
 from mesh.clock import Clock
 from mesh.errors import PlatformError, Reason
 from mesh.pages import cut
@@ -20,18 +19,16 @@ from mesh.pages import cut
 class UsageService(usage_service_pb2_grpc.UsageServiceServicer):
     """aiaas.analytics.v1.UsageService."""
 
-    def __init__(self, store: UsageStore, sums: SumsStore, clock: Clock, kept: Kept) -> None:
+    def __init__(self, store: UsageStore, sums: SumsStore, clock: Clock) -> None:
         self._store = store
         self._sums = sums
         self._clock = clock
-        self._kept = kept
 
     async def QueryUsage(
         self, request: usage_service_pb2.QueryUsageRequest, context: object
     ) -> usage_service_pb2.QueryUsageResponse:
         """Sums over a range of time, in buckets and groups."""
-        now = self._clock.now()
-        query = read_usage_query(request, now, self._kept.hourly_since(now))
+        query = read_usage_query(request, self._clock.now(), await self._sums.coverage())
         freshness = await freshness_message(self._store, self._clock)
         buckets, totals = await self._sums.usage(query)
         to_message = bucket_message(UsageBucket, query, _totals_message)

@@ -57,7 +57,8 @@ BEGIN
             AND relname < 'usage_events_' || to_char(first_kept, 'YYYYMMDD')
         ORDER BY relname
     LOOP
-        EXECUTE format('DROP TABLE %I', name);
+        -- Another replica may have been faster.
+        EXECUTE format('DROP TABLE IF EXISTS %I', name);
         dropped := dropped + 1;
     END LOOP;
     RETURN dropped;

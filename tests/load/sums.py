@@ -90,8 +90,8 @@ async def measure(runs: int) -> None:
 
 def _questions(store: UsageStore, sums: SumsStore, today: datetime) -> dict[str, Callable[[str], Any]]:
     clock = SystemClock()
-    usage, spend = UsageService(store, sums, clock, KEPT), SpendService(store, sums, clock, KEPT)
-    reliability = ReliabilityService(store, sums, clock, KEPT)
+    usage, spend = UsageService(store, sums, clock), SpendService(store, sums, clock)
+    reliability = ReliabilityService(store, sums, clock)
 
     def asked(method: Any, request: Any, days: int, **fields: Any) -> Callable[[str], Any]:
         def ask(organization_id: str) -> Any:

@@ -29,7 +29,6 @@ from analytics.reliability_service import ReliabilityService
 from analytics.spend_service import SpendService
 from analytics.store import UsageStore
 from analytics.sums_store import SumsStore
-from analytics.usage_retention import Kept
 from analytics.usage_service import UsageService
 from mesh.auth import Principal
 from mesh.database import Database
@@ -126,7 +125,7 @@ class Asked:
 
 
 @asynccontextmanager
-async def asking(database: Database, folder: Path, kept: Kept) -> AsyncIterator[Asked]:
+async def asking(database: Database, folder: Path) -> AsyncIterator[Asked]:
     """The services on a socket, behind the interceptors of production."""
     store, sums, clock = UsageStore(database), SumsStore(database), ManualClock(NOW)
     address = f"unix:{folder}/analytics"
@@ -134,17 +133,17 @@ async def asking(database: Database, folder: Path, kept: Kept) -> AsyncIterator[
         (
             pb.DESCRIPTOR.services_by_name["UsageService"],
             usage_service_pb2_grpc.add_UsageServiceServicer_to_server,
-            UsageService(store, sums, clock, kept),
+            UsageService(store, sums, clock),
         ),
         (
             spend_service_pb2.DESCRIPTOR.services_by_name["SpendService"],
             spend_service_pb2_grpc.add_SpendServiceServicer_to_server,
-            SpendService(store, sums, clock, kept),
+            SpendService(store, sums, clock),
         ),
         (
             reliability_service_pb2.DESCRIPTOR.services_by_name["ReliabilityService"],
             reliability_service_pb2_grpc.add_ReliabilityServiceServicer_to_server,
-            ReliabilityService(store, sums, clock, kept),
+            ReliabilityService(store, sums, clock),
         ),
     ]
     server = GrpcServer(address, services, chain(Authenticated()), drain_s=1)

@@ -238,6 +238,19 @@ async def test_partition_that_is_read_is_dropped_later(store: UsageStore, databa
     assert await store.drop_partitions(NOW.date()) == 1
 
 
+async def test_replicas_remove_what_is_too_old_at_once(store: UsageStore, database: Database) -> None:
+    events = many(300, 120)
+    await store.insert_events(events)
+    await close_days(store, ManualClock(NOW))
+    for ago in range(401, 406):
+        await store.ensure_partition((NOW - timedelta(days=ago)).date())
+    await asyncio.gather(*(remove_old(store, ManualClock(NOW), KEPT, batch=9) for _ in range(4)))
+    await remove_old(store, ManualClock(NOW), KEPT)
+    assert await store.drop_partitions((NOW - timedelta(days=400)).date()) == 0
+    kept = [event for event in events if event.admit_time >= KEPT.hourly_since(NOW)]
+    assert await told(database, "usage_hourly", "hour") == expected(kept, by_day=False)
+
+
 async def _closed_while_an_event_is_inserted(store: UsageStore, database: Database, database_url: str) -> None:
     """A day is closed while an event of it is inserted and not committed."""
     first, second = many(2, 0.1)

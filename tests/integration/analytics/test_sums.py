@@ -36,7 +36,7 @@ from tests.integration.analytics.questions import (
     within,
 )
 
-KEPT = Kept(hourly=timedelta(days=90))
+KEPT = Kept()
 FAILURES = {
     *(Outcome.OUTCOME_FAILED, Outcome.OUTCOME_TRUNCATED),
     *(Outcome.OUTCOME_DEADLINE_EXCEEDED, Outcome.OUTCOME_ABORTED),
@@ -47,7 +47,7 @@ TODAY = NOW.replace(hour=0, minute=0, second=0, microsecond=0)
 @pytest.fixture
 async def asked(database: Database, tmp_path: Path) -> AsyncIterator[Asked]:
     """The services, while nothing was used."""
-    async with asking(database, tmp_path, KEPT) as asked:
+    async with asking(database, tmp_path) as asked:
         yield asked
 
 

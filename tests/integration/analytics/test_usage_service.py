@@ -17,15 +17,11 @@ from aiaas.type.v1.usage_event_pb2 import Outcome, UsageEvent
 from analytics.events import read_event
 from analytics.freshness import DELAYED, STALE
 from analytics.store import UsageStore
-from analytics.usage_retention import Kept
 from mesh.database import Database
 from mesh.errors import PlatformError, Reason, from_rpc_error
 from tests.doubles.clock import ManualClock
 from tests.doubles.usage_events import NOW, usage_event
 from tests.integration.analytics.questions import DIMENSIONS, FILTERS, START, asking, many_events, own, stamp
-
-# Some of the days on which clocks change are longer ago than hours are kept by default.
-KEPT = Kept(hourly=timedelta(days=400))
 
 
 @dataclass
@@ -59,7 +55,7 @@ class Usage:
 @pytest.fixture
 async def usage(database: Database, tmp_path: Path) -> AsyncIterator[Usage]:
     """A running UsageService."""
-    async with asking(database, tmp_path, KEPT) as asked:
+    async with asking(database, tmp_path) as asked:
         yield Usage(asked.usage, asked.store, asked.clock)
 
 

@@ -8,7 +8,7 @@ import pytest
 from aiaas.analytics.v1.spend_service_pb2 import ForecastSpendRequest
 from aiaas.analytics.v1.usage_service_pb2 import UsageInterval
 from analytics.forecast import DayCost, ForecastQuery, forecast, read_forecast_query
-from analytics.usage_range import DAY
+from analytics.usage_range import DAY, Coverage
 from mesh.errors import PlatformError
 
 NOW = datetime(2026, 11, 20, 12, 30, tzinfo=UTC)  # a Friday
@@ -19,7 +19,7 @@ def asked(
     interval: UsageInterval.ValueType = UsageInterval.USAGE_INTERVAL_UNSPECIFIED, zone: str = ""
 ) -> ForecastQuery:
     request = ForecastSpendRequest(organization_id="org_a", interval=interval, time_zone=zone)
-    return read_forecast_query(request, NOW)
+    return read_forecast_query(request, NOW, Coverage())
 
 
 def history(days: int, cost: int = 240, weekend: int = 24) -> list[DayCost]:
@@ -102,5 +102,5 @@ def test_periods_are_those_of_the_zone() -> None:
 )
 def test_wrong_field_is_named(fields: dict[str, object], field: str) -> None:
     with pytest.raises(PlatformError) as caught:
-        read_forecast_query(ForecastSpendRequest(organization_id="org_a", **fields), NOW)  # type: ignore[arg-type]
+        read_forecast_query(ForecastSpendRequest(organization_id="org_a", **fields), NOW, Coverage())  # type: ignore[arg-type]
     assert caught.value.field == field

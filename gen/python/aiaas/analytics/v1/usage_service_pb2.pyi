@@ -82,7 +82,9 @@ class _UsageIntervalEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_UsageIn
     """A month in the given zone."""
 
 class UsageInterval(_UsageInterval, metaclass=_UsageIntervalEnumTypeWrapper):
-    """How wide the buckets are."""
+    """How wide the buckets are. From before hours are kept (90 days, unless configured otherwise) there are only days of UTC:
+    bounds that lie there move to the nearest midnight in UTC, and each bucket tells its own.
+    """
 
 USAGE_INTERVAL_UNSPECIFIED: UsageInterval.ValueType  # 0
 """One bucket over the whole range."""

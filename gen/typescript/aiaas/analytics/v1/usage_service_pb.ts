@@ -593,7 +593,8 @@ export const UsageDimensionSchema: GenEnum<UsageDimension> = /*@__PURE__*/
   enumDesc(file_aiaas_analytics_v1_usage_service, 0);
 
 /**
- * How wide the buckets are.
+ * How wide the buckets are. From before hours are kept (90 days, unless configured otherwise) there are only days of UTC:
+ * bounds that lie there move to the nearest midnight in UTC, and each bucket tells its own.
  *
  * @generated from enum aiaas.analytics.v1.UsageInterval
  */
