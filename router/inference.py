@@ -26,7 +26,7 @@ from mesh.errors import PlatformError, Reason
 from mesh.networks import check_network
 from mesh.policies import Decider
 from mesh.tracing import Span
-from router import metrics, requests, sse
+from router import gen_ai, metrics, requests, sse
 from router.answer_stream import AnswerStream, EngineFaultError
 from router.answers import EVENT_STREAM, Head, InferenceRequest, Reader, Tail
 from router.backends import Registry, Served
@@ -123,6 +123,7 @@ class Inference:
 
     __slots__ = (
         "_answer",
+        "_attempt_span",
         "_ceiling",
         "_claim",
         "_cut",
@@ -155,6 +156,7 @@ class Inference:
             admit_time=engine.clock.now(),
             admitted=engine.clock.monotonic(),
             idempotency_key=request.idempotency_key,
+            traceparent="" if request.span is None else request.span.traceparent,
         )
         self._task = task
         self._parsed: ParsedRequest | None = None
@@ -165,6 +167,7 @@ class Inference:
         self._entry: Entry | None = None
         self._event: UsageEvent | None = None
         self._served: Served | None = None
+        self._attempt_span: Span | None = None
         self._answer: UpstreamAnswer | None = None
         self._watch: sse.EventWatch | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -338,6 +341,8 @@ class Inference:
         self._record.backend_id = served.backend.backend_id
         self._record.attempts.append(AttemptRecord(served.backend.backend_id, clock.monotonic()))
         self._served = served
+        if self._request.span is not None:
+            self._attempt_span = gen_ai.begin_attempt(self._request.span, self._record, served)
         served.state.start_request()
         try:
             await self._ask(served)
@@ -394,7 +399,10 @@ class Inference:
         if served.backend.first_byte_timeout_millis:
             timeouts = replace(timeouts, first_byte_s=served.backend.first_byte_timeout_millis / 1000)
         body = parsed.upstream_body(served.upstream_model, served.backend.engine)
-        self._answer = await engine.upstream.open(served.backend, parsed.path, body, timeouts, streamed=parsed.stream)
+        traceparent = "" if self._attempt_span is None else self._attempt_span.traceparent
+        self._answer = await engine.upstream.open(
+            served.backend, parsed.path, body, timeouts, streamed=parsed.stream, traceparent=traceparent
+        )
         return self._answer
 
     def _begin(self, content_type: str) -> None:
@@ -476,6 +484,11 @@ class Inference:
             attempt = self._record.attempts[-1]
             attempt.ended = self._engine.clock.monotonic()
             attempt.failure_reason = failure_reason
+        if self._attempt_span is not None:
+            if failure_reason:
+                self._attempt_span.fail(failure_reason)
+            self._attempt_span.end()
+            self._attempt_span = None
 
     def _settle(self, outcome: usage_event_pb2.Outcome.ValueType, reason: str) -> None:
         if self._settled:
@@ -507,7 +520,7 @@ class Inference:
                 used_tokens += self._prompt_tokens
             self._permit.settle(used_tokens)
         if self._request.span is not None:
-            _describe(self._request.span, record, _OUTCOME_NAMES[outcome], reason)
+            gen_ai.describe(self._request.span, record, _OUTCOME_NAMES[outcome], reason)
         event = self._event if self._event is not None else open_event(record, self._engine.router_id)
         close_event(event, record, outcome, reason, ended)
         if self._entry is not None:
@@ -548,25 +561,3 @@ class Inference:
     def _exemplar(self) -> dict[str, str] | None:
         span = self._request.span
         return None if span is None else {"trace_id": span.trace_id}
-
-
-def _describe(span: Span, record: UsageRecord, outcome: str, reason: str) -> None:
-    """Say on its span what became of a request."""
-    span.set(
-        operation=ENDPOINT_NAMES.get(record.endpoint, "unknown"),
-        model=record.model,
-        is_stream=record.streamed,
-        organization_id=record.principal.organization_id,
-        request_id=record.request_id,
-        backend_id=record.backend_id,
-        attempt=len(record.attempts),
-        outcome=outcome,
-        input_tokens=record.usage.prompt_tokens,
-        cached_tokens=record.usage.cached_prompt_tokens,
-        output_tokens=record.usage.completion_tokens,
-        finish_reasons=[record.finish_reason] if record.finish_reason else [],
-    )
-    if record.first_byte is not None:
-        span.set(time_to_first_chunk_s=record.first_byte - record.admitted)
-    if reason:
-        span.fail(reason)
