@@ -523,6 +523,11 @@ class Inference:
             gen_ai.describe(self._request.span, record, _OUTCOME_NAMES[outcome], reason)
         event = self._event if self._event is not None else open_event(record, self._engine.router_id)
         close_event(event, record, outcome, reason, ended)
+        if outcome not in _UNBILLED:
+            billed = metrics.billed(record.model)
+            billed.prompt_tokens.inc(record.usage.prompt_tokens)
+            billed.completion_tokens.inc(record.usage.completion_tokens)
+            billed.cost_micros.inc(event.cost_micros)
         if self._entry is not None:
             self._entry.end(event.SerializeToString())
         else:
