@@ -83,7 +83,7 @@ def test_every_panel_says_what_it_is_and_has_a_place_of_its_own(name: str) -> No
     document = documents()[name]
     ids = [panel["id"] for panel in document["panels"]]
     assert len(set(ids)) == len(ids)
-    places = set()
+    places: set[tuple[int, int]] = set()
     for panel in panels(document):
         assert panel["title"]
         assert panel["description"].endswith((".", "?"))

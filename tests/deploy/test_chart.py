@@ -330,6 +330,16 @@ def test_monitors_find_the_ports_of_their_services(everything: list[Manifest]) -
             assert monitor["spec"]["endpoints"][0]["port"] in {port["name"] for port in service["spec"]["ports"]}
 
 
+def test_engines_metrics_have_one_name_whoever_asks(everything: list[Manifest]) -> None:
+    relabelled = {
+        monitor["metadata"]["name"]: monitor["spec"]["endpoints"][0].get("metricRelabelings")
+        for monitor in of_kind(everything, "ServiceMonitor")
+    }
+    (rule,) = relabelled.pop("aiaas-engine")
+    assert (rule["regex"], rule["replacement"]) == ("vllm_(.+)", "vllm:${1}")
+    assert set(relabelled.values()) == {None}
+
+
 def test_dashboards_and_rules_are_delivered_as_they_are(tmp_path: Path) -> None:
     chart = tmp_path / "chart"
     shutil.copytree(CHART, chart)

@@ -3,9 +3,10 @@ answers as the tests write down."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from deploy.local.state import State
 from tests.doubles.scripted_backend import ScriptedBackend
 from tests.doubles.trace_collector import collecting_into
 
+CHECKOUT = Path(__file__).resolve().parents[2]
 MODEL = "scripted"
 BACKENDS = ("scripted-1", "scripted-2")
 
@@ -52,7 +54,6 @@ class Watched:
     engine: ScriptedBackend
     exports: Path
     http: httpx.Client
-    keys: list[str] = field(default_factory=list)
 
     def new_key(self) -> str:
         """A key that nobody has seen yet, of the first organization."""
@@ -62,12 +63,14 @@ class Watched:
         assert answer.status_code == 200, answer.text
         return str(answer.json()["secret"])
 
-    def chat(self, key: str, *, stream: bool = False, **headers: str) -> httpx.Response:
+    def chat(
+        self, key: str, *, stream: bool = False, traceparent: str = "", idempotency_key: str = ""
+    ) -> httpx.Response:
         """A chat completion."""
+        named = {"traceparent": traceparent, "Idempotency-Key": idempotency_key}
+        headers = {"Authorization": f"Bearer {key}"} | {name: value for name, value in named.items() if value}
         body = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "stream": stream}
-        return self.http.post(
-            "/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {key}", **headers}, timeout=20
-        )
+        return self.http.post("/v1/chat/completions", json=body, headers=headers, timeout=20)
 
     def spans(self) -> list[Sent]:
         """All spans that were exported so far."""
@@ -106,13 +109,23 @@ def watched() -> Iterator[Watched]:
         collecting_into(otlp_port, state.root / "spans") as exports,
         start_blocking_portal() as portal,
         portal.wrap_async_context_manager(ScriptedBackend()) as engine,
-        portal.wrap_async_context_manager(running(state, chat_replicas=0, settings=settings)) as stack,
+        portal.wrap_async_context_manager(
+            running(state, chat_replicas=0, settings=settings | _without(state))
+        ) as stack,
         httpx.Client(
             base_url=stack.base_url, headers={"Authorization": f"Bearer {stack.platform_key}"}, trust_env=False
         ) as http,
     ):
         _register(http, engine)
         yield Watched(stack, state, engine, exports, http)
+
+
+def _without(state: State) -> dict[str, str]:
+    """WITHOUT=marks: a platform whose spans do not say that they failed; the tests of failures must fail then."""
+    if os.environ.get("WITHOUT") != "marks":
+        return {}
+    state.write("switches/sitecustomize.py", "from mesh import tracing\ntracing.Span.fail = lambda *_: None\n")
+    return {"PYTHONPATH": f"{state.folder('switches')}:{CHECKOUT}:{CHECKOUT / 'gen' / 'python'}"}
 
 
 def _register(http: httpx.Client, engine: ScriptedBackend) -> None:
