@@ -20,7 +20,9 @@ def graph(title: str, meaning: str, unit: str, queries: Mapping[str, str], *, st
     if stacked:
         panel.fill_opacity(20).stacking(common.StackingConfig().mode(StackingMode.NORMAL))
     for ref_id, (legend, query) in zip(string.ascii_uppercase, queries.items(), strict=False):
-        panel.with_target(prometheus.Dataquery().ref_id(ref_id).expr(query).legend_format(legend).range())
+        target = prometheus.Dataquery().ref_id(ref_id).expr(query).legend_format(legend).range()
+        # From a slow request to its trace: the router's histograms carry trace ids.
+        panel.with_target(target.exemplar("histogram_quantile" in query))
     return panel
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 
+import httpx
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from mesh.topology import USAGE
@@ -97,6 +98,21 @@ def test_spans_speak_the_words_of_the_conventions_for_genai(watched: Watched) ->
     assert 0 < router["gen_ai.response.time_to_first_chunk"] < 5
     assert (edge["http.route"], edge["http.response.status_code"]) == (EDGE, 200)
     assert not any("Hel" in str(one.attributes) for one in spans)
+
+
+def test_slow_requests_lead_from_a_graph_to_their_trace(watched: Watched) -> None:
+    caller = Caller()
+    assert watched.chat(watched.new_key(), traceparent=caller.traceparent).status_code == 200
+    url, accept = (
+        f"http://{watched.stack.ops['router']}/metrics",
+        {"Accept": "application/openmetrics-text; version=1.0.0"},
+    )
+    metrics = httpx.get(url, headers=accept, trust_env=False).text
+    buckets = [line for line in metrics.splitlines() if f'trace_id="{caller.trace_id.hex()}"' in line]
+    assert {line.partition("_bucket")[0] for line in buckets} == {
+        "aiaas_router_time_to_first_token_seconds",
+        "aiaas_router_request_duration_seconds",
+    }
 
 
 def test_stream_that_breaks_off_marks_the_engines_step_and_those_that_waited_for_it(watched: Watched) -> None:
