@@ -15,8 +15,8 @@ _SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 
 def graph(title: str, meaning: str, unit: str, queries: Mapping[str, str], *, stacked: bool = False) -> Panel:
     """Lines over time: PromQL by the legend of its lines. `meaning` says what is seen, and what is bad."""
-    panel = timeseries.Panel().title(title).description(meaning).unit(unit).datasource(_SOURCE).min(0).span(8).height(8)
-    panel.legend(common.VizLegendOptions().show_legend(True))
+    panel = timeseries.Panel().title(title).description(meaning).unit(unit).datasource(_SOURCE).span(8).height(8)
+    panel.axis_soft_min(0).legend(common.VizLegendOptions().show_legend(True))
     if stacked:
         panel.fill_opacity(20).stacking(common.StackingConfig().mode(StackingMode.NORMAL))
     for ref_id, (legend, query) in zip(string.ascii_uppercase, queries.items(), strict=False):
