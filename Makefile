@@ -90,7 +90,7 @@ money-switches: ## Take one protection away after the other, which `make money` 
 	@deploy/local/bootstrap.sh up
 	@$(PYTHON) -m tests.money switches
 
-generate: ## Make gen/ from proto/, and docs/reference from that and the code
+generate: ## Make gen/ from proto/, and docs/reference and dashboards from that and the code
 	@deploy/local/bootstrap.sh test
 	proto/generate.sh
 

@@ -23,6 +23,8 @@ from analytics.freshness import read_mark
 from analytics.store import UnstorableEventsError, UsageStore
 from mesh.broker import Broker, Queue
 from mesh.clock import Clock
+from mesh.tracing import following
+from mesh.usage_traces import traceparents
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +63,11 @@ class Consumer:
             messages = _Messages(bodies, self._clock.now(), self._age)
             for size in messages.sizes.values():
                 self.events_per_message += (size - self.events_per_message) / _MESSAGES_IN_MEAN
-            for start in range(0, len(messages.events), self._batch_size):
-                for position, event in await self._insert(messages.events[start : start + self._batch_size]):
-                    messages.refuse(position, event.body, "PostgreSQL refuses a value")
+            traces = traceparents(event.body for _, event in messages.events)
+            with following(f"process {self._queue.name}", traces) as span:
+                if span is not None:
+                    span.set(destination=self._queue.name, message_count=len(messages.events))
+                await self._count(messages)
             if messages.marks:
                 await self._store.set_complete_until(min(max(messages.marks), self._clock.now()))
         messages.report()
@@ -72,6 +76,11 @@ class Consumer:
             # The nameless exchange leads to this queue alone.
             await self._broker.publish("", self._queue.name, body, timeout_s=_PUBLISH_TIMEOUT_S)
         return messages.refused()
+
+    async def _count(self, messages: _Messages) -> None:
+        for start in range(0, len(messages.events), self._batch_size):
+            for position, event in await self._insert(messages.events[start : start + self._batch_size]):
+                messages.refuse(position, event.body, "PostgreSQL refuses a value")
 
     async def _insert(self, events: Sequence[tuple[int, Event]]) -> Sequence[tuple[int, Event]]:
         """Count events; returns those that PostgreSQL refuses, found by halves."""

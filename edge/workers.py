@@ -63,6 +63,7 @@ class _Worker:
     """One process that was started, and the parent's end of its pair of sockets."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
+        self.serves = False
         self._socket, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(  # noqa: S603 - it is this program
@@ -98,6 +99,8 @@ class _Workers:
         self._have_served = 0
 
     async def run(self) -> None:
+        # The level of logs is theirs to change: they are who serves.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self._tell, signal.SIGUSR1)
         try:
             async with asyncio.TaskGroup() as tasks:
                 keepers = [tasks.create_task(self._keep()) for _ in range(self._config.workers)]
@@ -123,6 +126,7 @@ class _Workers:
             worker = _Worker(self._environment)
             self._running.add(worker)
             if await worker.next_news():
+                worker.serves = True
                 if not has_served:
                     has_served = True
                     self._count_in()
@@ -148,7 +152,9 @@ class _Workers:
 
     def _tell(self, number: signal.Signals) -> None:
         for worker in self._running:
-            worker.process.send_signal(number)
+            # One that starts has nothing yet that would take a wish, and would die of it.
+            if worker.serves or number != signal.SIGUSR1:
+                worker.process.send_signal(number)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,8 @@
     python -m router migrate        bring the database to this version
     python -m router check-config   show the configuration, or everything that is wrong with it
 
+While it serves, SIGUSR1 has it log everything (DEBUG), and the next SIGUSR1 what the configuration says again.
+
 Three fields of a configuration have a meaning here, where the class has them: `log_level`, `otlp_endpoint` with
 `trace_ratio`, and `database_url`, which `migrate` uses unless there is a `migration_database_url` (the owner's, as the
 role of a running service may not change tables).
@@ -118,8 +120,15 @@ async def _serve(service: str, config: C, serve: Callable[[C, asyncio.Event], Aw
         logger.info("%s is stopping on %s", service, number.name)
         stop.set()
 
+    configured = logging.root.level
+
+    def on_level() -> None:
+        logging.root.setLevel(configured if logging.root.level == logging.DEBUG else logging.DEBUG)
+        logger.warning("%s logs at %s from now on", service, logging.getLevelName(logging.root.level))
+
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
+    loop.add_signal_handler(signal.SIGUSR1, on_level)
     logger.info("%s is starting", service)
     await serve(config, stop)
     logger.info("%s has stopped", service)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Annotated, Any, TypedDict, Unpack, get_type_hints
 
 from opentelemetry import trace
@@ -20,8 +20,9 @@ from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased, TraceIdRatioBased
-from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
+from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
+from mesh.errors import PlatformError
 from mesh.telemetry import redact
 
 # A process that stops while the collector is away waits so long for each batch, and not the usual ten seconds.
@@ -45,7 +46,9 @@ class Attributes(TypedDict, total=False):
     server_address: Annotated[str, "server.address"]
     server_port: Annotated[int, "server.port"]
     destination: Annotated[str, "messaging.destination.name"]
+    message_count: Annotated[int, "messaging.batch.message_count"]
     operation: Annotated[str, "gen_ai.operation.name"]
+    provider: Annotated[str, "gen_ai.provider.name"]
     model: Annotated[str, "gen_ai.request.model"]
     is_stream: Annotated[bool, "gen_ai.request.stream"]
     max_tokens: Annotated[int, "gen_ai.request.max_tokens"]
@@ -132,6 +135,30 @@ def resume(name: str, traceparent: str, *, kind: SpanKind = SpanKind.SERVER) -> 
         return None
     parent = _read(traceparent)
     return _start(_tracer, name, kind, _remote(parent)) if parent is not None and _is_sampled(parent) else None
+
+
+def is_recording() -> bool:
+    """Whether any request of this process may be sampled."""
+    return _tracer is not None
+
+
+@contextmanager
+def following(name: str, traceparents: Sequence[str]) -> Iterator[Span | None]:
+    """A step that serves many requests at once, with a link to each that is sampled; None where none is. It is a trace
+    of its own, current within `with`, and ends with it; a failure is marked by its reason."""
+    links = [Link(_remote(form).get_span_context()) for form in map(_read, traceparents) if form and _is_sampled(form)]
+    if _tracer is None or not links:
+        yield None
+        return
+    span = Span(_tracer, _tracer.start_span(name, Context(), SpanKind.CONSUMER, links=links))
+    try:
+        with span.as_current():
+            yield span
+    except BaseException as error:
+        span.fail(error.reason.value if isinstance(error, PlatformError) else type(error).__name__)
+        raise
+    finally:
+        span.end()
 
 
 def current() -> Span | None:

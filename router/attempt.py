@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mesh.tracing import Span
 from router.backends import Served
 from router.routing_policies import RoutingPolicy
 from router.usage import AttemptRecord
@@ -13,12 +14,13 @@ OUTRUN = "outrun"
 class Attempt:
     """Counts at its backend from now on, until `end`. `failed` is what it has shown of the backend; None is nothing."""
 
-    __slots__ = ("_is_trial", "_policy", "failed", "record", "served")
+    __slots__ = ("_is_trial", "_policy", "failed", "record", "served", "span")
 
     def __init__(self, served: Served, policy: RoutingPolicy, now: float) -> None:
         self.served = served
         self.record = AttemptRecord(served.backend.backend_id, now)
         self.failed: bool | None = None
+        self.span: Span | None = None
         self._policy = policy
         self._is_trial = served.breaker.start()
         served.state.start_request()
@@ -29,3 +31,7 @@ class Attempt:
         self.served.breaker.end(now, failed=self.failed, is_trial=self._is_trial, policy=self._policy)
         self.record.ended = now
         self.record.failure_reason = failure_reason
+        if self.span is not None:
+            if failure_reason:
+                self.span.fail(failure_reason)
+            self.span.end()

@@ -25,8 +25,7 @@ from mesh.clock import Clock
 from mesh.errors import PlatformError, Reason
 from mesh.networks import check_network
 from mesh.policies import Decider
-from mesh.tracing import Span
-from router import metrics, requests, sse
+from router import gen_ai, metrics, requests, sse
 from router.answer_stream import AnswerStream, EngineFaultError
 from router.answers import EVENT_STREAM, Head, InferenceRequest, Reader, Tail
 from router.attempt import OUTRUN, Attempt
@@ -157,6 +156,7 @@ class Inference:
             admit_time=engine.clock.now(),
             admitted=engine.clock.monotonic(),
             idempotency_key=request.idempotency_key,
+            traceparent="" if request.span is None else request.span.traceparent,
         )
         self._task = task
         self._parsed: ParsedRequest | None = None
@@ -432,7 +432,7 @@ class Inference:
     async def _ask(self, attempt: Attempt, model: Model, policy: RoutingPolicy, tried: list[str]) -> None:
         after_s = self._engine.routing.hedge_after_s(model.model_id, policy, streamed=self._record.streamed)
         if after_s is None:
-            self._answer = await self._open(attempt.served, policy)
+            self._answer = await self._open(attempt, policy)
         else:
             attempt = await self._race(attempt, model, policy, tried, after_s)
         await self._pass_on(attempt.served)
@@ -454,11 +454,11 @@ class Inference:
                 return None
             tried.append(served.backend.backend_id)
             loser = self._begin_attempt(served, policy)
-            return self._open(served, policy)
+            return self._open(loser, policy)
 
         winner = first
         try:
-            self._answer, is_second = await first_answer(self._open(first.served, policy), after_s, ask_another)
+            self._answer, is_second = await first_answer(self._open(first, policy), after_s, ask_another)
             if is_second and loser is not None:
                 winner, loser = loser, first
                 self._attempt = winner
@@ -496,9 +496,9 @@ class Inference:
         except EngineFaultError as error:
             raise judge(error.fault.status, error.fault) from None
 
-    async def _open(self, served: Served, policy: RoutingPolicy) -> UpstreamAnswer:
+    async def _open(self, attempt: Attempt, policy: RoutingPolicy) -> UpstreamAnswer:
         """The answer, once its first byte has come. Raises what `judge` makes of an error of the engine."""
-        engine, parsed = self._engine, self._asked
+        engine, parsed, served = self._engine, self._asked, attempt.served
         timeouts = engine.timeouts
         first_byte_millis = policy.first_byte_millis or served.backend.first_byte_timeout_millis
         if first_byte_millis or policy.connect_millis or policy.idle_millis:
@@ -509,8 +509,11 @@ class Inference:
                 policy.idle_millis / 1000 or timeouts.idle_s,
             )
         body = parsed.upstream_body(served.upstream_model, served.backend.engine)
+        traceparent = "" if attempt.span is None else attempt.span.traceparent
         asked_at = engine.clock.monotonic()
-        answer = await engine.upstream.open(served.backend, parsed.path, body, timeouts, streamed=parsed.stream)
+        answer = await engine.upstream.open(
+            served.backend, parsed.path, body, timeouts, streamed=parsed.stream, traceparent=traceparent
+        )
         if answer.status != 200:
             try:
                 raise judge(answer.status, sse.read_fault(await answer.read(_FAULT_BYTES), answer.status))
@@ -524,6 +527,8 @@ class Inference:
     def _begin_attempt(self, served: Served, policy: RoutingPolicy) -> Attempt:
         attempt = Attempt(served, policy, self._engine.clock.monotonic())
         self._record.attempts.append(attempt.record)
+        if self._request.span is not None:
+            attempt.span = gen_ai.begin_attempt(self._request.span, self._record, served)
         return attempt
 
     def _begin(self, content_type: str) -> None:
@@ -643,9 +648,14 @@ class Inference:
                 used_tokens += self._prompt_tokens
             self._permit.settle(used_tokens)
         if self._request.span is not None:
-            _describe(self._request.span, record, _OUTCOME_NAMES[outcome], reason)
+            gen_ai.describe(self._request.span, record, _OUTCOME_NAMES[outcome], reason)
         event = self._event if self._event is not None else open_event(record, self._engine.router_id)
         close_event(event, record, outcome, reason, ended)
+        if outcome not in _UNBILLED:
+            billed = metrics.billed(record.model)
+            billed.prompt_tokens.inc(record.usage.prompt_tokens)
+            billed.completion_tokens.inc(record.usage.completion_tokens)
+            billed.cost_micros.inc(event.cost_micros)
         if self._entry is not None:
             self._entry.end(event.SerializeToString())
         else:
@@ -684,25 +694,3 @@ class Inference:
     def _exemplar(self) -> dict[str, str] | None:
         span = self._request.span
         return None if span is None else {"trace_id": span.trace_id}
-
-
-def _describe(span: Span, record: UsageRecord, outcome: str, reason: str) -> None:
-    """Say on its span what became of a request."""
-    span.set(
-        operation=ENDPOINT_NAMES.get(record.endpoint, "unknown"),
-        model=record.model,
-        is_stream=record.streamed,
-        organization_id=record.principal.organization_id,
-        request_id=record.request_id,
-        backend_id=record.backend_id,
-        attempt=len(record.attempts),
-        outcome=outcome,
-        input_tokens=record.usage.prompt_tokens,
-        cached_tokens=record.usage.cached_prompt_tokens,
-        output_tokens=record.usage.completion_tokens,
-        finish_reasons=[record.finish_reason] if record.finish_reason else [],
-    )
-    if record.first_byte is not None:
-        span.set(time_to_first_chunk_s=record.first_byte - record.admitted)
-    if reason:
-        span.fail(reason)

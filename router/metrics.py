@@ -1,12 +1,17 @@
 """Names what the router measures; it never decides anything by it. Children are bound once and kept."""
 
 from functools import cache
+from typing import NamedTuple
 
 from prometheus_client import Counter, Gauge, Histogram
 
 REQUESTS = Counter(
     "aiaas_router_requests", "Inference requests that ended, by outcome.", ["endpoint", "model", "outcome"]
 )
+TOKENS = Counter(
+    "aiaas_router_tokens", "Tokens as billed: prompt (cached ones included) or completion.", ["model", "kind"]
+)
+COST = Counter("aiaas_router_cost_micros", "Micro-dollars as billed, by the prices that applied.", ["model"])
 TIME_TO_FIRST_TOKEN = Histogram(
     "aiaas_router_time_to_first_token_seconds",
     "Seconds from admission to the first byte of the answer.",
@@ -78,6 +83,20 @@ BUDGET_RENEWAL_FAILURES = Counter(
 def requests(endpoint: str, model: str, outcome: str) -> Counter:
     """The counter of one endpoint, registered model and outcome."""
     return REQUESTS.labels(endpoint, model, outcome)
+
+
+class Billed(NamedTuple):
+    """What counts a model's bills."""
+
+    prompt_tokens: Counter
+    completion_tokens: Counter
+    cost_micros: Counter
+
+
+@cache
+def billed(model: str) -> Billed:
+    """The counters of one registered model."""
+    return Billed(TOKENS.labels(model, "prompt"), TOKENS.labels(model, "completion"), COST.labels(model))
 
 
 @cache

@@ -15,10 +15,14 @@ from random import Random
 from typing import Protocol
 
 import lmdb
+from opentelemetry.trace import SpanKind
 
 from aiaas.type.v1.usage_event_pb2 import UsageEventBatch
+from mesh import tracing
 from mesh.errors import PlatformError, Reason
 from mesh.topology import USAGE
+from mesh.tracing import Span
+from mesh.usage_traces import traceparents
 from router import metrics
 from router.journal import Journal
 
@@ -126,7 +130,8 @@ class UsagePublisher:
                 batch = await self._gather()
             body = UsageEventBatch(events=[event for _, event in batch]).SerializeToString()
             pause_s = _FIRST_PAUSE_S
-            while not await self._publish([key for key, _ in batch], body):
+            traces = traceparents(event for _, event in batch)
+            while not await self._publish([key for key, _ in batch], body, traces):
                 await asyncio.sleep(pause_s * self._random.uniform(0.5, 1.0))
                 pause_s = min(_LONGEST_PAUSE_S, pause_s * 2)
             self._journal.mark_published({key: self._attempts.pop(key) for key, _ in batch})
@@ -178,15 +183,31 @@ class UsagePublisher:
         if self._is_empty:
             self._emptied.set()
 
-    async def _publish(self, keys: Sequence[bytes], body: bytes) -> bool:
+    async def _publish(self, keys: Sequence[bytes], body: bytes, traces: Sequence[str]) -> bool:
         for key in keys:
             self._attempts[key] += 1
+        spans = _begin_spans(traces, len(keys))
         try:
             await self._broker.publish(USAGE.exchange, USAGE.routing_key, body, timeout_s=_PUBLISH_TIMEOUT_S)
         except PlatformError as error:
             metrics.USAGE_PUBLISH_FAILURES.inc()
             self._failure_reason = error.reason.value
             logger.warning("usage events could not be published: %s", error.reason.value)
+            for span in spans:
+                span.fail(error.reason.value)
             return False
+        finally:
+            for span in spans:
+                span.end()
         self._failure_reason = ""
         return True
+
+
+def _begin_spans(traces: Sequence[str], message_count: int) -> list[Span]:
+    """One try to publish, as a step of each sampled request whose event is in the batch."""
+    spans = []
+    for traceparent in traces:
+        if (span := tracing.resume(f"publish {USAGE.name}", traceparent, kind=SpanKind.PRODUCER)) is not None:
+            span.set(destination=USAGE.exchange, message_count=message_count)
+            spans.append(span)
+    return spans

@@ -57,9 +57,10 @@ class Upstream(Protocol):
     """How an engine is asked."""
 
     async def open(
-        self, backend: Backend, path: str, body: bytes, timeouts: Timeouts, *, streamed: bool
+        self, backend: Backend, path: str, body: bytes, timeouts: Timeouts, *, streamed: bool, traceparent: str = ""
     ) -> UpstreamAnswer:
-        """Send a request and wait for the first byte of the answer's body. Raises UpstreamError.
+        """Send a request and wait for the first byte of the answer's body. `traceparent` is what the engine's own spans
+        belong to; empty where the request is not sampled. Raises UpstreamError.
 
         Cancelled, it closes the connection, so that the engine stops.
         """
@@ -104,11 +105,14 @@ class HttpUpstream:
                 idle.pop().abort()
 
     async def open(
-        self, backend: Backend, path: str, body: bytes, timeouts: Timeouts, *, streamed: bool
+        self, backend: Backend, path: str, body: bytes, timeouts: Timeouts, *, streamed: bool, traceparent: str = ""
     ) -> UpstreamAnswer:
         """See `Upstream.open`."""
         timeout_s = timeouts.first_byte_s if streamed else timeouts.answer_s
-        return await self._ask("POST", backend, path, body, timeouts.connect_s, timeout_s, timeouts.idle_s)
+        target = self._target("POST", backend, path)
+        if traceparent:
+            target = _Target(target.address, b"%btraceparent: %b\r\n" % (target.head, traceparent.encode()))
+        return await self._ask(target, body, timeouts.connect_s, timeout_s, timeouts.idle_s)
 
     async def probe(self, backend: Backend, timeout_s: float) -> None:
         """Ask the engine for its health. Raises UpstreamError if it does not answer with 200 within `timeout_s`."""
@@ -120,7 +124,7 @@ class HttpUpstream:
         with more than `limit_bytes`."""
         try:
             async with asyncio.timeout(timeout_s):
-                answer = await self._ask("GET", backend, path, b"", timeout_s, timeout_s, timeout_s)
+                answer = await self._ask(self._target("GET", backend, path), b"", timeout_s, timeout_s, timeout_s)
                 try:
                     if answer.status != 200:
                         raise UpstreamError(f"it answered {path} with {answer.status}")
@@ -131,9 +135,8 @@ class HttpUpstream:
             raise UpstreamTimeoutError("it was silent for too long") from None
 
     async def _ask(
-        self, verb: str, backend: Backend, path: str, body: bytes, connect_s: float, first_byte_s: float, idle_s: float
+        self, target: _Target, body: bytes, connect_s: float, first_byte_s: float, idle_s: float
     ) -> UpstreamAnswer:
-        target = self._target(verb, backend, path)
         connection = self._take(target.address)
         if connection is not None:
             loop = asyncio.get_running_loop()

@@ -171,6 +171,7 @@ class UsageRecord:
     price: Price | None = None
     reservation: Reservation | None = None
     finish_reason: str = ""
+    traceparent: str = ""
 
 
 def open_event(record: UsageRecord, router_id: str) -> UsageEvent:
@@ -188,6 +189,7 @@ def open_event(record: UsageRecord, router_id: str) -> UsageEvent:
         streamed=record.streamed,
         choices=record.choices,
         router_id=router_id,
+        traceparent=record.traceparent,
     )
     if record.idempotency_key:
         event.idempotency_digest = hashlib.sha256(record.idempotency_key.encode()).hexdigest()

@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keeps together what shares a slow server (with --dist loadgroup)."""
     for item in items:
         groups = {group for fixture, group in _GROUPS.items() if fixture in getattr(item, "fixturenames", ())}
-        if item.path.parent.name in ("local", "security"):
+        if item.path.parent.name in ("local", "security", "observability"):
             groups.add(item.path.parent.name)
         for group in groups:
             item.add_marker(pytest.mark.xdist_group(group))

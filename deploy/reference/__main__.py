@@ -5,6 +5,7 @@ from pathlib import Path
 
 import mesh
 from analytics.config import AnalyticsConfig
+from deploy.dashboards.__main__ import documents
 from deploy.reference import contracts, sources
 from edge.config import EdgeConfig
 from edge.openapi.contracts import read_contracts
@@ -33,6 +34,7 @@ def pages(descriptors: bytes) -> dict[str, str]:
         "errors.md": sources.errors(),
         "variables.md": sources.variables(CONFIGURATIONS),
         "metrics.md": sources.metrics(Path(mesh.__file__).parents[1], PACKAGES),
+        "dashboards.md": sources.dashboards(documents().values()),
     }
 
 

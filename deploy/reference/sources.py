@@ -1,4 +1,4 @@
-"""Pages of what the code itself declares: errors, configuration variables, metrics, queues; it starts nothing."""
+"""Pages of what the code itself declares: errors, variables, metrics, dashboards, queues; it starts nothing."""
 
 import ast
 import itertools
@@ -6,7 +6,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from deploy.reference.markdown import code, page, table, text
 from mesh import topology
@@ -113,6 +113,22 @@ def _metric(call: ast.Call, kind: str, package: str, path: Path) -> Metric:
         # As prometheus_client exposes it.
         name = f"{name.removesuffix('_total')}_total"
     return Metric(name, kind, tuple(rest[0]) if rest else (), meaning, package)
+
+
+def dashboards(documents: Iterable[Mapping[str, Any]]) -> str:
+    """The page of dashboards, from what Grafana imports."""
+    parts: list[Iterable[str]] = []
+    for document in documents:
+        rows: list[tuple[str, str, str]] = []
+        row = ""
+        for panel in document["panels"]:
+            if panel["type"] == "row":
+                row = panel["title"]
+            else:
+                rows.append((text(row), text(panel["title"]), text(panel["description"])))
+        heading = document["title"].removeprefix("aiaas: ")
+        parts.append([f"## {heading}", "", document["description"], "", *table(("Row", "Panel", ""), rows)])
+    return page("Dashboards", *parts)
 
 
 def queues() -> Iterator[tuple[str, str, str, str]]:

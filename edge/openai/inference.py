@@ -61,10 +61,17 @@ class InferenceEndpoint:
             with span.as_current():
                 await self._infer(exchange, span.traceparent)
         except PlatformError as error:
+            # Nothing was sent; the answer that is due now is not this endpoint's.
+            span.set(status=error.entry.http)
             span.fail(error.reason.value)
             raise
+        except ClientGoneError:
+            span.fail(Reason.CANCELLED.value)
+            raise
         finally:
-            span.set(route=self._path, method="POST", status=exchange.status, request_id=exchange.request_id)
+            span.set(route=self._path, method="POST", request_id=exchange.request_id)
+            if exchange.status:
+                span.set(status=exchange.status)
             if exchange.reason is not None:
                 span.fail(exchange.reason.value)
             span.end()

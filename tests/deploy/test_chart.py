@@ -331,12 +331,21 @@ def test_monitors_find_the_ports_of_their_services(everything: list[Manifest]) -
             assert monitor["spec"]["endpoints"][0]["port"] in {port["name"] for port in service["spec"]["ports"]}
 
 
+def test_engines_metrics_have_one_name_whoever_asks(everything: list[Manifest]) -> None:
+    relabelled = {
+        monitor["metadata"]["name"]: monitor["spec"]["endpoints"][0].get("metricRelabelings")
+        for monitor in of_kind(everything, "ServiceMonitor")
+    }
+    (rule,) = relabelled.pop("aiaas-engine")
+    assert (rule["regex"], rule["replacement"]) == ("vllm_(.+)", "vllm:${1}")
+    assert set(relabelled.values()) == {None}
+
+
 def test_dashboards_and_rules_are_delivered_as_they_are(tmp_path: Path) -> None:
     chart = tmp_path / "chart"
     shutil.copytree(CHART, chart)
     dashboard = {"title": "Requests", "panels": [{"expr": 'rate({{ "x" }}[5m])'}]}
-    for name in ("dashboards", "rules"):
-        (chart / "files" / name).mkdir(exist_ok=True)
+    (chart / "files/rules").mkdir(exist_ok=True)
     (chart / "files/dashboards/of_requests.json").write_text(json.dumps(dashboard))
     (chart / "files/rules/of_requests.yaml").write_text("groups: [{name: requests, rules: []}]\n")
     manifests = render({"monitoring": {"dashboards": True, "rules": True}}, tmp_path, chart)
@@ -345,6 +354,12 @@ def test_dashboards_and_rules_are_delivered_as_they_are(tmp_path: Path) -> None:
     assert found["metadata"]["labels"]["grafana_dashboard"] == "1"
     rules = one(manifests, "ConfigMap", "aiaas-rules-of-requests")
     assert yaml.safe_load(rules["data"]["of_requests.yaml"])["groups"][0]["name"] == "requests"
+
+
+def test_dashboards_of_the_repository_are_delivered_without_a_copy_of_them(everything: list[Manifest]) -> None:
+    for path in (CHART.parents[1] / "dashboards/json").iterdir():
+        found = one(everything, "ConfigMap", f"aiaas-dashboards-{path.stem}")
+        assert json.loads(found["data"][path.name]) == json.loads(path.read_text())
 
 
 @functools.cache

@@ -1,11 +1,15 @@
-"""An OTLP collector on a real gRPC server, and a memory for the spans of one process; neither changes a span."""
+"""OTLP collectors on real gRPC servers, here and in a process of its own, and a memory for the spans of one process;
+none of them changes a span."""
 
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import grpc
@@ -54,6 +58,17 @@ def collecting() -> Iterator[TraceCollector]:
         yield collector
     finally:
         server.stop(None).wait()
+
+
+@contextmanager
+def collecting_into(port: int, path: Path) -> Iterator[Path]:
+    """A collector in a process of its own; gives the file that it appends each export to."""
+    collector = subprocess.Popen((sys.executable, "-m", "tests.doubles.otlp_collector", str(port), str(path)))
+    try:
+        yield path
+    finally:
+        collector.terminate()
+        collector.wait(10)
 
 
 @contextmanager

@@ -6,9 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import subprocess
-import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from deploy.local.state import State
 from mesh.topology import EVENTS, USAGE
 from tests.doubles.openid_issuer import OpenIdIssuer
 from tests.doubles.scripted_backend import ScriptedBackend
+from tests.doubles.trace_collector import collecting_into
 from tests.doubles.webhook_receiver import WebhookReceiver
 from tests.integration.identity.signing_in import Mailbox, mail_server
 
@@ -187,7 +186,7 @@ async def running_platform(places: dict[str, list[bytes]], *, without_redaction:
     """Start a platform, with or without what keeps secrets from getting out (`tests.security.canaries_without`). What
     it wrote until its end is added to `places`."""
     otlp_port, mail_port = free_port(), free_port()
-    with State.temporary() as state, _collecting(otlp_port, state.root / "spans") as spans:
+    with State.temporary() as state, collecting_into(otlp_port, state.root / "spans") as spans:
         state.write("switches/sitecustomize.py", "import tests.security.canaries_without\n")
         settings = {
             "PYTHONPATH": f"{state.folder('switches')}:{CHECKOUT}:{CHECKOUT / 'gen' / 'python'}",
@@ -212,15 +211,3 @@ async def running_platform(places: dict[str, list[bytes]], *, without_redaction:
         places["logs"] = [path.read_bytes() for path in sorted((state.root / "logs").iterdir())]
         places["journal"] = [path.read_bytes() for path in sorted(journal.rglob("*")) if path.is_file()]
         places["spans"] = [spans.read_bytes()]
-
-
-@contextlib.contextmanager
-def _collecting(port: int, path: Path) -> Iterator[Path]:
-    """A collector that runs; gives the file with all that it was sent."""
-    command = (sys.executable, "-m", "tests.security.canaries_collector", str(port), str(path))
-    collector = subprocess.Popen(command, cwd=CHECKOUT)
-    try:
-        yield path
-    finally:
-        collector.terminate()
-        collector.wait(10)

@@ -145,6 +145,13 @@ async def test_signal_lets_streams_end_in_every_worker_and_leaves_nothing_behind
     assert os.listdir(tmp_path) == []
 
 
+async def test_signal_changes_the_level_of_logs_in_every_worker(running: Workers) -> None:
+    before = running.children()
+    running.process.send_signal(signal.SIGUSR1)
+    await until(lambda: sum(b"edge logs at DEBUG from now on" in line for line in running.told) == 2)
+    assert running.children() == before
+
+
 async def test_second_signal_does_not_wait_for_streams(running: Workers, router: PeerDouble, tmp_path: Path) -> None:
     async def endless(request: pb.InferRequest) -> AsyncIterator[pb.InferResponse]:
         yield STREAM_HEAD

@@ -14,6 +14,7 @@ import pytest
 
 SERVICE = """
 import asyncio
+import logging
 import sys
 from dataclasses import dataclass
 from typing import Annotated
@@ -33,6 +34,7 @@ class Config:
 
 async def serve(config: Config, stop: asyncio.Event) -> None:
     print("serving on", type(asyncio.get_running_loop()).__module__, flush=True)
+    asyncio.create_task(whisper())
     if config.mode == "fail":
         raise OSError("port 7002 is in use")
     if config.mode == "fail-in-group":
@@ -43,6 +45,12 @@ async def serve(config: Config, stop: asyncio.Event) -> None:
     if config.mode == "hang":
         await asyncio.Event().wait()
     print("stopped", flush=True)
+
+
+async def whisper() -> None:
+    while True:
+        logging.getLogger("toy").debug("psst")
+        await asyncio.sleep(0.01)
 
 
 async def fail() -> None:
@@ -127,6 +135,27 @@ async def test_a_second_signal_ends_what_hangs(toy: list[str]) -> None:
         assert await next_line(process) == "stopping"
         process.send_signal(signal.SIGTERM)
         assert await process.wait() == 1
+
+
+async def test_a_signal_has_everything_logged_and_the_next_one_no_more(toy: list[str]) -> None:
+    async with started(toy) as process:
+        await next_line(process)
+        stderr = process.stderr
+        assert stderr is not None
+
+        async def message() -> str:
+            return str(json.loads(await stderr.readline())["message"])
+
+        assert await message() == "toy is starting"
+        process.send_signal(signal.SIGUSR1)
+        assert await message() == "toy logs at DEBUG from now on"
+        assert [await message() for _ in range(3)] == ["psst"] * 3
+        process.send_signal(signal.SIGUSR1)
+        while (told := await message()) == "psst":
+            pass
+        assert told == "toy logs at INFO from now on"
+        process.send_signal(signal.SIGTERM)
+        assert await message() == "toy is stopping on SIGTERM"
 
 
 def test_a_failure_is_told_in_the_log_without_secrets_and_exits_1(toy: list[str]) -> None:

@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 import time
+import tracemalloc
 from random import Random
 from typing import Any
 
@@ -15,8 +16,11 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind
 
+from aiaas.type.v1.usage_event_pb2 import UsageEvent
 from mesh import tokens, tracing
+from mesh.errors import PlatformError, Reason
 from mesh.telemetry import JsonFormatter
+from mesh.usage_traces import traceparents
 from tests.doubles.clock import ManualClock
 from tests.doubles.trace_collector import recording
 
@@ -82,6 +86,26 @@ def test_the_ratio_is_that_of_the_requests_that_are_sampled() -> None:
 def test_the_ends_of_the_ratio_are_none_and_all(ratio: float, sampled: int) -> None:
     with recording(ratio, Random(7).random):
         assert sum(tracing.begin("x") is not None for _ in range(1000)) == sampled
+
+
+@pytest.mark.parametrize(("traceparent", "most_bytes"), [("", 300), (NOT_SAMPLED, 1500)])
+def test_a_request_that_is_not_sampled_makes_no_object_that_outlives_the_decision(
+    traceparent: str, most_bytes: int
+) -> None:
+    with recording(0.0):
+        tracing.begin("x", traceparent)
+        tracemalloc.start()
+        try:
+            before, _ = tracemalloc.get_traced_memory()
+            tracemalloc.reset_peak()
+            for _ in range(1000):
+                tracing.begin("x", traceparent)
+            after, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert after - before < 100
+    # A number to decide by, or what was read of the header, and not a span: that has thousands of bytes.
+    assert peak - before < most_bytes
 
 
 def test_what_was_sampled_once_is_not_decided_again() -> None:
@@ -292,3 +316,45 @@ os._exit(0)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout == "checked\n", done.stderr
+
+
+def test_a_step_for_many_requests_is_linked_to_those_that_are_sampled() -> None:
+    with recording() as spans:
+        with tracing.following("batch", ["malformed", NOT_SAMPLED, SAMPLED]) as span:
+            assert span is not None
+            assert tracing.current() is not None
+        batch = only(spans)
+    assert [(link.context.trace_id, link.context.span_id) for link in batch.links] == [
+        (int(TRACE_ID, 16), int(PARENT_ID, 16))
+    ]
+    assert batch.parent is None
+    assert context_of(batch).trace_id != int(TRACE_ID, 16)
+    assert batch.status.is_ok
+
+
+def test_a_step_for_requests_none_of_which_is_sampled_is_none() -> None:
+    with recording() as spans:
+        with tracing.following("batch", [NOT_SAMPLED]) as span:
+            assert span is None
+        assert spans.get_finished_spans() == ()
+    with tracing.following("batch", [SAMPLED]) as span:
+        assert span is None
+
+
+def test_a_step_for_many_requests_that_fails_says_why() -> None:
+    with recording() as spans:
+        with pytest.raises(PlatformError), tracing.following("batch", [SAMPLED]):
+            raise PlatformError(Reason.UNAVAILABLE)
+        assert only(spans).status.description == Reason.UNAVAILABLE.value
+
+
+def test_usage_events_of_requests_that_are_not_sampled_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = [UsageEvent(request_id=f"req_{number}", model="m").SerializeToString() for number in range(3)]
+    traced = UsageEvent(request_id="req_4", traceparent=SAMPLED, choices=2).SerializeToString()
+    assert traceparents([*events, traced]) == []
+    with recording():
+        assert traceparents([*events, traced]) == [SAMPLED]
+        last = max(UsageEvent.DESCRIPTOR.fields, key=lambda field: field.number)
+        assert last.name == "traceparent", "it is looked for at the end"
+        monkeypatch.setattr("mesh.usage_traces.UsageEvent", None)
+        assert traceparents(events) == []

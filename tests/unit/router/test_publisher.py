@@ -19,6 +19,7 @@ from router.journal import Journal
 from router.journal_queries import Selection
 from router.publisher import UsagePublisher
 from tests.doubles.clock import ManualClock
+from tests.doubles.trace_collector import recording
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -279,3 +280,26 @@ async def test_journal_that_cannot_be_read_for_a_while_is_read_later(
             patch.undo()
             await publisher.flush(2)
     assert broker.taken == ids(1)
+
+
+async def test_each_try_to_publish_is_a_step_of_every_sampled_request_in_the_batch(journal: Journal) -> None:
+    broker = BrokerDouble()
+    broker.away = True
+    publisher = UsagePublisher(broker, journal, Random(1))
+    traceparent = f"00-{'a' * 32}-{'b' * 16}-01"
+    sampled = UsageEvent.FromString(event(1))
+    sampled.traceparent = traceparent
+    with recording() as spans:
+        async with running(journal, publisher):
+            journal.record(event(0))
+            journal.record(sampled.SerializeToString())
+            await broker.refused.wait()
+            broker.away = False
+            await publisher.flush(2)
+        failed, *_, succeeded = spans.get_finished_spans()
+    assert (failed.status.is_ok, succeeded.status.is_ok) == (False, True)
+    assert failed.status.description == Reason.UNAVAILABLE.value
+    for span in (failed, succeeded):
+        assert span.parent is not None
+        assert f"{span.parent.span_id:016x}" == "b" * 16
+        assert (span.attributes or {})["messaging.batch.message_count"] == 2

@@ -355,6 +355,7 @@ class UsageEvent(_message.Message):
     IDEMPOTENCY_DIGEST_FIELD_NUMBER: _builtins.int
     USAGE_CLAMPED_FIELD_NUMBER: _builtins.int
     CHOICES_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     """Version of this message's meaning; consumers refuse a version they do not know."""
     request_id: _builtins.str
@@ -397,6 +398,8 @@ class UsageEvent(_message.Message):
     """Whether the engine told more tokens than the request could have used; then no more than that is billed."""
     choices: _builtins.int
     """How many answers each prompt had (n). An engine's own counter has a prompt as often; it is billed once."""
+    traceparent: _builtins.str
+    """W3C trace context of the request's step in the router; empty when it was not sampled."""
     @_builtins.property
     def admit_time(self) -> _timestamp_pb2.Timestamp:
         """When the request was admitted; it decides the hour and the price, whenever the event arrives."""
@@ -451,10 +454,11 @@ class UsageEvent(_message.Message):
         idempotency_digest: _builtins.str = ...,
         usage_clamped: _builtins.bool = ...,
         choices: _builtins.int = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["admit_time", b"admit_time", "end_time", b"end_time", "price", b"price", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admit_time", b"admit_time", "api_key_id", b"api_key_id", "attempts", b"attempts", "backend_id", b"backend_id", "budgets", b"budgets", "choices", b"choices", "cost_micros", b"cost_micros", "duration_micros", b"duration_micros", "end_time", b"end_time", "endpoint", b"endpoint", "finish_reason", b"finish_reason", "idempotency_digest", b"idempotency_digest", "model", b"model", "organization_id", b"organization_id", "outcome", b"outcome", "price", b"price", "reason", b"reason", "request_id", b"request_id", "router_id", b"router_id", "schema_version", b"schema_version", "service_account_id", b"service_account_id", "streamed", b"streamed", "ttft_micros", b"ttft_micros", "usage", b"usage", "usage_clamped", b"usage_clamped", "usage_source", b"usage_source", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admit_time", b"admit_time", "api_key_id", b"api_key_id", "attempts", b"attempts", "backend_id", b"backend_id", "budgets", b"budgets", "choices", b"choices", "cost_micros", b"cost_micros", "duration_micros", b"duration_micros", "end_time", b"end_time", "endpoint", b"endpoint", "finish_reason", b"finish_reason", "idempotency_digest", b"idempotency_digest", "model", b"model", "organization_id", b"organization_id", "outcome", b"outcome", "price", b"price", "reason", b"reason", "request_id", b"request_id", "router_id", b"router_id", "schema_version", b"schema_version", "service_account_id", b"service_account_id", "streamed", b"streamed", "traceparent", b"traceparent", "ttft_micros", b"ttft_micros", "usage", b"usage", "usage_clamped", b"usage_clamped", "usage_source", b"usage_source", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,5 +1,5 @@
 """An OTLP collector in a process of its own, which appends all it is sent to a file, as gRPC and forking do not go well
-together: python -m tests.security.canaries_collector PORT FILE
+together: python -m tests.doubles.otlp_collector PORT FILE
 """
 
 from __future__ import annotations
