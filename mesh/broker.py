@@ -7,7 +7,7 @@ is needed, dropped when it fails, and every wait has a limit.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import aio_pika
@@ -40,6 +40,33 @@ class Queue:
     def dead_name(self) -> str:
         """Where messages end that nobody can take."""
         return f"{self.name}.dead"
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Messages that wait in a queue and that were put aside, and how many consumers it has."""
+
+    messages: int
+    dead_messages: int
+    consumers: int
+
+
+class DeadLetters:
+    """What was put aside, one message after the other. What was not accepted stays where it was."""
+
+    def __init__(self, source: AbstractQueue) -> None:
+        self._source = source
+        self._in_hand: AbstractIncomingMessage | None = None
+
+    async def next(self) -> bytes | None:
+        """The body of the next message; None if there is none."""
+        self._in_hand = await self._source.get(fail=False)
+        return self._in_hand.body if self._in_hand else None
+
+    async def accept(self) -> None:
+        """Remove the message that came last."""
+        if self._in_hand is not None:
+            await self._in_hand.ack()
 
 
 Handler = Callable[[Sequence[bytes]], Awaitable[Collection[int]]]
@@ -108,10 +135,37 @@ class Broker:
             await asyncio.sleep(_PAUSES_S[min(pause, len(_PAUSES_S) - 1)])
             pause += 1
 
+    async def depth(self, queue: Queue, *, timeout_s: float) -> Depth:
+        """How many messages wait, are put aside, and how many take them. Raises PlatformError(UNAVAILABLE)."""
+        with _outages_as_unavailable():
+            async with asyncio.timeout(timeout_s), self._channel() as channel:
+                waiting = (await channel.declare_queue(queue.name, passive=True)).declaration_result
+                dead = (await channel.declare_queue(queue.dead_name, passive=True)).declaration_result
+        _heed_cancellation()
+        return Depth(waiting.message_count or 0, dead.message_count or 0, waiting.consumer_count or 0)
+
+    @contextlib.asynccontextmanager
+    async def dead_letters(self, queue: Queue, *, timeout_s: float) -> AsyncIterator[DeadLetters]:
+        """What was put aside from a queue, to be taken out within `timeout_s`. Raises PlatformError(UNAVAILABLE)."""
+        with _outages_as_unavailable():
+            async with asyncio.timeout(timeout_s), self._channel() as channel:
+                yield DeadLetters(await channel.get_queue(queue.dead_name, ensure=False))
+
     async def close(self) -> None:
         """End the connection that publishes; a consumer ends with its task."""
         if self._connection is not None:
             await _close(self._connection)
+
+    @contextlib.asynccontextmanager
+    async def _channel(self) -> AsyncIterator[AbstractChannel]:
+        """A channel on a connection of its own, so that what goes wrong on it stops no publisher."""
+        connection = await self._connect()
+        try:
+            channel = await connection.channel()
+            await self._declare(channel)
+            yield channel
+        finally:
+            await _close(connection)
 
     async def _publishing_channel(self) -> AbstractChannel:
         async with self._opening:
@@ -225,6 +279,15 @@ class _Consumer:
 async def _close(connection: AbstractConnection) -> None:
     with contextlib.suppress(*_AWAY):
         await asyncio.wait_for(connection.close(), 1.0)
+
+
+@contextlib.contextmanager
+def _outages_as_unavailable() -> Iterator[None]:
+    try:
+        yield
+    except _AWAY as error:
+        _heed_cancellation()
+        raise PlatformError(Reason.UNAVAILABLE) from error
 
 
 def _heed_cancellation() -> None:
