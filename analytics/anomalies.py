@@ -45,7 +45,8 @@ _WEEK_DAYS = 7
 
 
 class Hour(NamedTuple):
-    """Sums of one hour. `requests` were admitted, `failed_requests` of them did not end answered in full."""
+    """Sums of one hour. `requests` were admitted; `failed_requests` of them were not answered in full, though their
+    clients stayed."""
 
     requests: int = 0
     failed_requests: int = 0

@@ -14,7 +14,7 @@ from analytics.platform_events import KEPT, Event
 from mesh.database import Database
 
 # Only organizations that could be found to have an anomaly. Outcomes by their number in the contract: 1 succeeded,
-# 2 refused.
+# 2 refused, 4 cancelled by the client, which is no failure.
 _HOURS = """
 WITH busy AS (
     SELECT organization_id FROM usage_hourly WHERE hour = $1
@@ -24,7 +24,7 @@ SELECT
     organization_id,
     hour,
     coalesce(sum(requests) FILTER (WHERE outcome <> 2), 0)::bigint AS requests,
-    coalesce(sum(requests) FILTER (WHERE outcome NOT IN (1, 2)), 0)::bigint AS failed_requests,
+    coalesce(sum(requests) FILTER (WHERE outcome NOT IN (1, 2, 4)), 0)::bigint AS failed_requests,
     sum(cost_micros)::bigint AS cost_micros
 FROM busy JOIN usage_hourly USING (organization_id)
 WHERE hour = ANY ($2)

@@ -18,7 +18,13 @@ from aiaas.type.v1.platform_event_pb2 import (
     EVENT_TYPE_SPEND_ANOMALY,
     PlatformEvent,
 )
-from aiaas.type.v1.usage_event_pb2 import OUTCOME_FAILED, OUTCOME_REFUSED, UsageEvent
+from aiaas.type.v1.usage_event_pb2 import (
+    OUTCOME_CANCELLED,
+    OUTCOME_FAILED,
+    OUTCOME_REFUSED,
+    OUTCOME_SUCCEEDED,
+    UsageEvent,
+)
 from analytics import watch_store
 from analytics.anomalies import DAYS
 from analytics.consumer import Consumer
@@ -65,11 +71,13 @@ def month(cost_micros: int, organization_id: str = "org_a") -> list[UsageEvent]:
 
 
 def failing(hour: datetime, requests: int, failed: int, organization_id: str = "org_a") -> list[UsageEvent]:
-    """Requests of an hour, of which some failed, and one that was refused and counts for nothing."""
-    refused = spent(hour, 0, organization_id, number=-1, outcome=OUTCOME_REFUSED, usage=None)
+    """Requests of an hour: so many failed, one was cancelled, which is no failure, and one refused, which is none of
+    them."""
+    outcomes = [OUTCOME_FAILED] * failed + [OUTCOME_SUCCEEDED] * (requests - failed - 1) + [OUTCOME_CANCELLED]
+    refused = spent(hour, 0, organization_id, outcome=OUTCOME_REFUSED, usage=None)
     return [refused] + [
-        spent(hour, 0, organization_id, number=number, **({"outcome": OUTCOME_FAILED} if number < failed else {}))
-        for number in range(requests)
+        spent(hour, 0, organization_id, number=number, outcome=outcome)
+        for number, outcome in enumerate(outcomes, start=1)
     ]
 
 
@@ -125,7 +133,7 @@ async def test_error_rate_that_jumps_is_told(hooks: Hooks, watcher: Watcher, sto
     for day in range(1, DAYS + 1):
         await insert(store, *failing(JUDGED - timedelta(days=day), 50, 1))
         await insert(store, *failing(JUDGED - timedelta(days=day), 50, 1, "org_b"))
-    await insert(store, *failing(JUDGED, 60, 15), *failing(JUDGED, 49, 49, "org_b"))
+    await insert(store, *failing(JUDGED, 60, 15), *failing(JUDGED, 49, 48, "org_b"))
     before = raised("error_rate")
     await watcher.watch_hours()
     (event,) = await told(hooks)
