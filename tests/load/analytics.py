@@ -237,10 +237,14 @@ async def ingest(duration_s: int, verdict: Verdict) -> None:
         verdict.line(f"{EVENTS_PER_S:,} events/s for {duration_s} s", text, rest_s < LONGEST_BACKLOG_S)
         verdict.line("events per CPU second, analytics and PostgreSQL", f"{steady / cpu_s:,.0f}")
 
+        began = time.monotonic()
         burst = await publish(world, traffic, BURST * EVENTS_PER_S, BURST_S)
+        seconds = time.monotonic() - began
         waiting = (await world.broker.depth(USAGE, timeout_s=10)).messages
         rest_s = await until_counted(world, steady + burst)
-        text = f"{burst:,} events, {waiting:,} messages waited at its end, none {rest_s:.1f} s later"
+        text = (
+            f"{burst:,} events, {burst / seconds:,.0f}/s, {waiting:,} messages waited then, none {rest_s:.1f} s later"
+        )
         left = await world.broker.depth(USAGE, timeout_s=10)
         verdict.line(f"{BURST} times that for {BURST_S} s", text, left.dead_messages == 0)
         rows = await world.sql.fetchval("SELECT count(*) FROM usage_events", timeout=600)
