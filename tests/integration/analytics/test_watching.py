@@ -123,7 +123,7 @@ async def test_spend_that_jumps_is_told_with_what_is_usual(hooks: Hooks, watcher
     (event,) = await told(hooks)
     assert event.type == EVENT_TYPE_SPEND_ANOMALY
     assert event.organization_id == "org_a"
-    assert event.summary == ("$40.00 were spent from 2026-11-20 11:00 until 12:00 UTC, where $3.00 is usual.")
+    assert event.summary == "$40.00 were spent from 2026-11-20 11:00 until 12:00 UTC, where $3.00 is usual."
     detected = event.anomaly_detected
     assert detected.hour_start.ToDatetime(JUDGED.tzinfo) == JUDGED
     # The least spread is an eighth of the floor of ten dollars.
@@ -141,7 +141,7 @@ async def test_error_rate_that_jumps_is_told(hooks: Hooks, watcher: Watcher, sto
     await watcher.watch_hours()
     (event,) = await told(hooks)
     assert event.type == EVENT_TYPE_ERROR_RATE_ANOMALY
-    assert event.summary == ("25.0% of requests failed from 2026-11-20 11:00 until 12:00 UTC, where 2.0% is usual.")
+    assert event.summary == "25.0% of requests failed from 2026-11-20 11:00 until 12:00 UTC, where 2.0% is usual."
     assert (event.anomaly_detected.observed, event.anomaly_detected.expected) == (0.25, 0.02)
     assert await told(hooks, "org_b") == []
     assert raised("error_rate") == before + 1
