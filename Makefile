@@ -1,6 +1,6 @@
 # Everything a person or CI runs. `make up` and `make test` need nothing installed before.
 .DEFAULT_GOAL := help
-.PHONY: help up test test-one-process test-go test-vllm check generate docs lock bench bench-guard bench-engine bench-identity bench-revocations bench-exports bench-usage bench-cli soak money money-switches sbom
+.PHONY: help up test test-one-process test-go test-vllm check generate docs lock bench bench-guard bench-engine bench-identity bench-revocations bench-exports bench-usage bench-analytics bench-cli soak money money-switches sbom
 
 PYTHON := .venv/bin/python
 BIN := .venv/bin
@@ -81,6 +81,11 @@ bench-usage: ## What counting an event costs beside COPY, and how long questions
 	@deploy/local/bootstrap.sh up
 	@$(PYTHON) -m tests.load.ingestion
 	@$(PYTHON) -m tests.load.sums
+
+bench-analytics: ## 3,000 usage events/s, then five times that (DURATION_S=600); questions over 13 months (ROWS=50000000)
+	@deploy/local/bootstrap.sh up
+	@$(PYTHON) -m tests.load.analytics
+	@$(PYTHON) -m tests.load.analytics load
 
 money: ## Kill every part while money moves, then hold all books against each other (LINES=router,redis, LONG=1, SEED=7)
 	@deploy/local/bootstrap.sh up

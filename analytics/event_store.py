@@ -45,14 +45,8 @@ class EventStore:
 
         Returns how many events were not there before, and how many deliveries these make.
         """
-        if not events:
-            return 0, 0
         async with self._database.transaction() as connection:
-            kept = [row["event_id"] for row in await connection.fetch(_ADD, *zip(*events, strict=True))]
-            wanted = await connection.fetch(_WANTED, kept)
-            if wanted:
-                await _add_deliveries(connection, wanted, now, now, now)
-        return len(kept), len(wanted)
+            return await add_events(connection, events, now)
 
     async def add_for(
         self, event: Event, webhook_id: str, now: datetime, *, start_time: datetime, due_time: datetime
@@ -106,6 +100,17 @@ class EventStore:
             limit,
         )
         return removed
+
+
+async def add_events(connection: Connection, events: Sequence[Event], now: datetime) -> tuple[int, int]:
+    """The same as EventStore.add within a transaction of the caller's."""
+    if not events:
+        return 0, 0
+    kept = [row["event_id"] for row in await connection.fetch(_ADD, *zip(*events, strict=True))]
+    wanted = await connection.fetch(_WANTED, kept)
+    if wanted:
+        await _add_deliveries(connection, wanted, now, now, now)
+    return len(kept), len(wanted)
 
 
 async def _add_deliveries(

@@ -53,6 +53,12 @@ ENGINE_RESIDUAL_TOKENS = Gauge(
     ["kind"],
 )
 
+ANOMALIES = Counter(
+    "aiaas_anomalies_total",
+    "Hours of an organization that were unlike its hours before, by what was (spend, error_rate).",
+    ["kind"],
+)
+
 INSERTED = EVENTS.labels("inserted")
 DUPLICATE = EVENTS.labels("duplicate")
 REJECTED = EVENTS.labels("rejected")

@@ -65,6 +65,8 @@ from analytics.store import UsageStore
 from analytics.sums_store import SumsStore
 from analytics.usage_retention import keep_sums
 from analytics.usage_service import UsageService
+from analytics.watch_store import WatchStore
+from analytics.watcher import Watcher
 from analytics.webhook_sender import Poster, Sender
 from analytics.webhook_service import WebhookService
 from analytics.webhook_store import WebhookStore
@@ -139,6 +141,7 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
         poster = await resources.enter_async_context(Poster(allow_private=config.webhook_allow_private))
         sender = Sender(webhook_store, poster, seal, clock, secrets.SystemRandom())
         event_consumer = EventConsumer(events, broker, EVENTS, clock, sender.wake)
+        watcher = Watcher(WatchStore(database), store, broker, USAGE, clock, sender.wake)
         webhooks = Webhooks(
             webhook_store,
             events,
@@ -226,6 +229,7 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
                 tasks.create_task(reconciler.run(), name="reconciler"),
                 tasks.create_task(ingestion.run(), name="ingestion"),
                 tasks.create_task(issuer.run(), name="statements"),
+                tasks.create_task(watcher.run(), name="watcher"),
                 tasks.create_task(listen(redis, authenticator), name="revocations"),
                 tasks.create_task(watch(identity_auth, authenticator), name="watched revocations"),
             ]

@@ -24,9 +24,11 @@ from aiaas.analytics.v1 import (
 )
 from aiaas.analytics.v1 import usage_service_pb2 as pb
 from aiaas.identity.v1.auth_service_pb2 import AuthenticateResponse
+from aiaas.type.v1.platform_event_pb2 import EVENT_TYPE_SPEND_ANOMALY
 from aiaas.type.v1.principal_pb2 import PRINCIPAL_KIND_USER, Principal
 from analytics.config import AnalyticsConfig
 from analytics.events import read_event
+from analytics.reconciliations import HOUR, hours_due
 from analytics.server import serve
 from analytics.store import UsageStore
 from mesh.broker import Broker
@@ -154,12 +156,8 @@ async def command(*arguments: str, **environ: str) -> tuple[int, str]:
 async def test_migrate_makes_the_schema_once(postgres_url: str) -> None:
     environ = {**WIRES, "AIAAS_ANALYTICS_DATABASE_URL": postgres_url}
     applied = (
-        "0001_analytics.sql",
-        "0002_events.sql",
-        "0003_reconciliations.sql",
-        "0004_exports.sql",
-        "0005_rollups.sql",
-        "0006_statements.sql",
+        *("0001_analytics.sql", "0002_events.sql", "0003_reconciliations.sql", "0004_exports.sql"),
+        *("0005_rollups.sql", "0006_statements.sql", "0007_timescaledb.sql", "0008_watching.sql"),
     )
     assert await command("migrate", **environ) == (0, "".join(f"applied {name}\n" for name in applied))
     assert await command("migrate", **environ) == (0, "nothing to apply\n")
@@ -265,3 +263,38 @@ async def test_event_from_the_queue_is_sent_to_a_webhook(
         )
         assert [one.event_id for one in listed.events] == receiver.event_ids()
     await identity.stop()
+
+
+async def test_hour_unlike_those_before_is_told(
+    database: Database, store: UsageStore, database_url: str, amqp_url: str, tmp_path: Path
+) -> None:
+    now = datetime.now(UTC)
+    # The next one, too: it may be due by the time that the process looks.
+    (hour,) = hours_due(None, now)
+    usage = [
+        usage_event(
+            f"req_{day}_{each}", hour + each * HOUR - timedelta(days=day), cost_micros=1_000_000 if day else 50_000_000
+        )
+        for day in range(15)
+        for each in range(2)
+        if hour + each * HOUR - timedelta(days=day) < now
+    ]
+    await store.insert_events([read_event(event.SerializeToString(), now) for event in usage])
+    await store.set_complete_until(now)
+    environ = {
+        "AIAAS_ANALYTICS_DATABASE_URL": database_url,
+        "AIAAS_ANALYTICS_REDIS_URL": "redis://127.0.0.1:1/",
+        "AIAAS_ANALYTICS_AMQP_URL": amqp_url,
+        "AIAAS_ANALYTICS_IDENTITY_TARGET": f"unix:{tmp_path}/identity",
+        "AIAAS_ANALYTICS_ROUTER_TARGET": "unix:nowhere",
+        "AIAAS_ANALYTICS_SECRET_KEY": SECRET_KEY,
+        "AIAAS_ANALYTICS_GRPC_ADDRESS": f"unix:{tmp_path}/analytics",
+        "AIAAS_ANALYTICS_OPS_ADDRESS": f"127.0.0.1:{free_port()}",
+    }
+
+    async def is_told() -> bool:
+        types = await database.fetch("SELECT type FROM platform_events WHERE organization_id = 'org_a'")
+        return [number for (number,) in types] == [EVENT_TYPE_SPEND_ANOMALY]
+
+    async with running(environ):
+        await wait_until(is_told, 20, "the anomaly is told")
