@@ -122,7 +122,8 @@ async def test_the_age_of_what_waits_is_that_of_the_oldest_and_nothing_once_all_
     journal.record(event("req_2", NOW + timedelta(seconds=30)))
     await journal.sync()
     clock.advance(60)
-    assert metrics.USAGE_AGE.collect()[0].samples[0].value == 90
+    (age,) = metrics.USAGE_AGE.collect()
+    assert age.samples[0].value == 90
     assert await publish(journal) == ["req_1", "req_2"]
     assert journal.oldest_unpublished_age_s == 0
     await journal.close()
