@@ -40,6 +40,13 @@ _EXPIRY = Gauge(
     ["certificate"],
     multiprocess_mode="livemin",
 )
+_START = Gauge(
+    "aiaas_certificate_start_timestamp_seconds",
+    "When the certificate of this process began.",
+    # Without a label, a process that has none would say that it began in 1970.
+    ["certificate"],
+    multiprocess_mode="livemin",
+)
 
 
 class CertificateError(Exception):
@@ -185,6 +192,7 @@ class Tls:
     def _take(self, material: _Material) -> None:
         self._material = material
         self._warned_at = float("-inf")
+        _START.labels("own").set(material.begin_time.timestamp())
         _EXPIRY.labels("own").set(material.expire_time.timestamp())
         _EXPIRY.labels("ca").set(material.ca_expire_time.timestamp())
 

@@ -542,9 +542,10 @@ class Inference:
         record = self._record
         record.first_byte = self._engine.clock.monotonic()
         endpoint = ENDPOINT_NAMES[record.endpoint]
-        metrics.time_to_first_token(endpoint, record.model).observe(
+        metrics.time_to_first_token(endpoint, record.model, record.streamed).observe(
             record.first_byte - record.admitted, self._exemplar()
         )
+        metrics.overhead(endpoint).observe(record.attempts[0].started - record.admitted)
         headers = () if self._permit is None else self._permit.headers
         self._reader.head(Head(record.request_id, content_type, record.model, record.backend_id, headers))
 

@@ -136,6 +136,7 @@ class Journal:
         self._take(self._store.read_counts())
         metrics.JOURNAL_LIMIT.set(limit_bytes)
         metrics.USAGE_QUEUE.set_function(lambda: self.unpublished_entries)
+        metrics.USAGE_AGE.set_function(lambda: self.oldest_unpublished_age_s)
         metrics.JOURNAL_OPEN.set_function(lambda: self.open_entries)
         metrics.JOURNAL_SIZE.set_function(lambda: self.size_bytes)
 
@@ -153,6 +154,12 @@ class Journal:
     def open_entries(self) -> int:
         """Requests that run."""
         return len(self._open)
+
+    @property
+    def oldest_unpublished_age_s(self) -> float:
+        """How long the oldest entry that is to be published has waited; 0 if none waits."""
+        oldest_micros = self._oldest_unpublished_micros
+        return 0.0 if oldest_micros is None else max(0, self._now_micros() - oldest_micros) / 1e6
 
     def begin(self, event: bytes) -> Entry:
         """Take up a request by its serialized UsageEvent without an end. It is only queued.
@@ -385,6 +392,7 @@ class Journal:
         self.size_bytes = counts.size_bytes
         self.unpublished_entries = counts.unpublished_entries
         self.published_entries = counts.ended_entries - counts.unpublished_entries
+        self._oldest_unpublished_micros = counts.oldest_unpublished_micros
         self._is_large = counts.size_bytes > self.limit_bytes * _LARGE
         was_full, self._is_full = self._is_full, counts.size_bytes >= self.limit_bytes * _FULL
         if self._is_full and not was_full:

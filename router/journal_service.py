@@ -126,9 +126,8 @@ def read_status(store: JournalStore, limit_bytes: int) -> pb.JournalStatus:
         size_bytes=counts.size_bytes,
         limit_bytes=limit_bytes,
     )
-    oldest_micros = store.read_oldest_unpublished()
-    if oldest_micros is not None:
-        status.oldest_unpublished_time.FromMicroseconds(oldest_micros)
+    if counts.oldest_unpublished_micros is not None:
+        status.oldest_unpublished_time.FromMicroseconds(counts.oldest_unpublished_micros)
     return status
 
 

@@ -82,6 +82,8 @@ class Folded:
     size_bytes: int
     ended_entries: int
     unpublished_entries: int
+    oldest_unpublished_micros: int | None
+    """When the oldest entry that waits was written, in microseconds since the epoch."""
 
 
 class JournalStore:
@@ -195,13 +197,6 @@ class JournalStore:
         with self._reading() as txn:
             return self._folded(txn, ())
 
-    def read_oldest_unpublished(self) -> int | None:
-        """When the oldest entry that waits was written, in microseconds since the epoch."""
-        with self._reading() as txn:
-            cursor = txn.cursor(db=self._unpublished)
-            value = txn.get(cursor.key(), db=self._ended) if cursor.first() else None
-            return None if value is None else int(_ENDED.unpack_from(value)[0])
-
     def read_open(self) -> list[Stored]:
         """Every entry whose request runs, oldest first."""
         with self._reading() as txn:
@@ -300,7 +295,13 @@ class JournalStore:
             size_bytes=self._size(txn),
             ended_entries=txn.stat(self._ended)["entries"],
             unpublished_entries=txn.stat(self._unpublished)["entries"],
+            oldest_unpublished_micros=self._oldest_unpublished(txn),
         )
+
+    def _oldest_unpublished(self, txn: lmdb.Transaction[bytes]) -> int | None:
+        cursor = txn.cursor(db=self._unpublished)
+        value = txn.get(cursor.key(), db=self._ended) if cursor.first() else None
+        return None if value is None else int(_ENDED.unpack_from(value)[0])
 
     def _size(self, txn: lmdb.Transaction[bytes]) -> int:
         """Bytes of the pages in use; the file itself never shrinks, and its free pages are taken first."""

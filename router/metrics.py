@@ -14,9 +14,15 @@ TOKENS = Counter(
 COST = Counter("aiaas_router_cost_micros", "Micro-dollars as billed, by the prices that applied.", ["model"])
 TIME_TO_FIRST_TOKEN = Histogram(
     "aiaas_router_time_to_first_token_seconds",
-    "Seconds from admission to the first byte of the answer.",
-    ["endpoint", "model"],
+    "Seconds from admission to the first byte of the answer, which of one that is not streamed is its end.",
+    ["endpoint", "model", "streamed"],
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2.5, 5, 10, 30, 60),
+)
+OVERHEAD = Histogram(
+    "aiaas_router_overhead_seconds",
+    "Seconds from admission to the first attempt on a backend: what a request waits for the router itself.",
+    ["endpoint"],
+    buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5),
 )
 REQUEST_DURATION = Histogram(
     "aiaas_router_request_duration_seconds",
@@ -41,6 +47,10 @@ ATTEMPTS_REFUSED = Counter(
 )
 UNPRICED_MODELS = Gauge("aiaas_router_unpriced_models", "Models that cannot be used, since they have no price.")
 USAGE_QUEUE = Gauge("aiaas_router_usage_queue_events", "Usage events that wait to be published.")
+USAGE_AGE = Gauge(
+    "aiaas_router_usage_oldest_event_age_seconds",
+    "Seconds that the first of the usage events that wait to be published has waited; 0 if none does.",
+)
 USAGE_DROPPED = Counter(
     "aiaas_router_usage_dropped_events", "Events of refused requests, billed nothing, that the journal had no room for."
 )
@@ -100,9 +110,15 @@ def billed(model: str) -> Billed:
 
 
 @cache
-def time_to_first_token(endpoint: str, model: str) -> Histogram:
-    """The histogram of one endpoint and registered model."""
-    return TIME_TO_FIRST_TOKEN.labels(endpoint, model)
+def time_to_first_token(endpoint: str, model: str, streamed: bool) -> Histogram:
+    """The histogram of one endpoint and registered model, of answers that are streamed or not."""
+    return TIME_TO_FIRST_TOKEN.labels(endpoint, model, "true" if streamed else "false")
+
+
+@cache
+def overhead(endpoint: str) -> Histogram:
+    """The histogram of one endpoint."""
+    return OVERHEAD.labels(endpoint)
 
 
 @cache

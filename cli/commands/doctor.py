@@ -163,6 +163,22 @@ def _ingestion(session: Session) -> Iterator[_Finding]:
     )
 
 
+def _books(session: Session) -> Iterator[_Finding]:
+    reports = session.client.get("/analytics/v1/reconciliations", [("page_size", "50")]).get("reconciliations", ())
+    # Newest first, so that the oldest of a kind is taken first and the newest stays.
+    newest = {r["kind"]: r for r in reversed(reports) if r["state"] != "RECONCILIATION_STATE_RUNNING"}
+    for kind, report in sorted(newest.items()):
+        name = kind.removeprefix("RECONCILIATION_KIND_").lower()
+        state = report["state"].removeprefix("RECONCILIATION_STATE_").lower()
+        yield _Finding(
+            f"books of {name}",
+            # Engines also count what nobody is billed for, such as what was computed after a client had gone.
+            {"agreed": _GOOD, "differed": _OPEN if name == "engines" else _BAD}.get(state, _OPEN),
+            f"{state}, {report['start_time']} to {report['end_time']}",
+            f"`aiaas reconciliations differences list {report['reconciliation_id']}`",
+        )
+
+
 _CHECKS: tuple[Callable[[Session], Iterator[_Finding]], ...] = (
     _profile,
     _platform,
@@ -171,4 +187,5 @@ _CHECKS: tuple[Callable[[Session], Iterator[_Finding]], ...] = (
     _models,
     _backends,
     _ingestion,
+    _books,
 )

@@ -24,10 +24,13 @@ has_rabbitmq() { [ -x "$1/usr/lib/rabbitmq/bin/rabbitmq-server" ] && [ -x "$1/us
 has_openmp() { ls "$1"/usr/lib/*/libgomp.so.1 >/dev/null 2>&1; }
 # Tests sign in with it. has_chromium ROOT
 has_chromium() { [ -x "$1/usr/lib/chromium/chromium" ]; }
+# Tests hold alerts against them. has_prometheus ROOT, has_alertmanager ROOT
+has_prometheus() { [ -x "$1/usr/bin/promtool" ]; }
+has_alertmanager() { [ -x "$1/usr/bin/amtool" ]; }
 
 # missing_from ROOT...: the Debian packages that none of the roots has.
 missing_from() {
-    for check in has_rabbitmq:rabbitmq-server has_openmp:libgomp1 $browser; do
+    for check in has_rabbitmq:rabbitmq-server has_openmp:libgomp1 $for_tests; do
         found=
         for root in "$@"; do if "${check%%:*}" "$root"; then found=yes; fi; done
         [ -n "$found" ] || echo "${check#*:}"
@@ -181,10 +184,13 @@ make_typescript_packages() {
 
 # --- What is needed --------------------------------------------------------------------------------------------------
 
-browser=
+for_tests=
 case "${1:-}" in
     up) lock=$locks/local.lock vllm=${ENGINE:-} ;;
-    test) lock=$locks/dev.lock vllm= browser=has_chromium:chromium ;;
+    test)
+        lock=$locks/dev.lock vllm=
+        for_tests="has_chromium:chromium has_prometheus:prometheus has_alertmanager:prometheus-alertmanager"
+        ;;
     go) lock=$locks/dev.lock vllm= ;;
     vllm) lock=$locks/dev.lock vllm=vllm ;;
     *) fail "Say what is needed: deploy/local/bootstrap.sh up|test|vllm|go" ;;

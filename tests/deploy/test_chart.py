@@ -3,6 +3,7 @@
 import functools
 import importlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from mesh.config import describe, load
 from tests.deploy.tools import (
     CHART,
     NAMESPACE,
+    ROOT,
     Manifest,
     binary,
     helm,
@@ -27,7 +29,7 @@ from tests.deploy.tools import (
 from tests.deploy.values import ENGINES, EVERYTHING, MATRIX
 
 # Of other projects: their schemas are not part of Kubernetes, so the fields that we rely on are looked at below.
-FOREIGN = {"Certificate", "Issuer", "HTTPRoute", "ServiceMonitor", "ScaledObject"}
+FOREIGN = {"Certificate", "Issuer", "HTTPRoute", "ServiceMonitor", "PrometheusRule", "ScaledObject"}
 SERVICES = ("identity", "router", "analytics", "edge")
 LONGEST_STREAM_S = 600
 
@@ -341,19 +343,26 @@ def test_engines_metrics_have_one_name_whoever_asks(everything: list[Manifest]) 
     assert set(relabelled.values()) == {None}
 
 
-def test_dashboards_and_rules_are_delivered_as_they_are(tmp_path: Path) -> None:
+def test_rules_are_those_of_the_repository_and_know_processes_by_the_jobs_of_monitors(
+    everything: list[Manifest],
+) -> None:
+    rules = {manifest["metadata"]["name"]: manifest["spec"] for manifest in of_kind(everything, "PrometheusRule")}
+    texts = {path.stem: path.read_text() for path in (ROOT / "deploy/monitoring/rules").glob("*.yaml")}
+    assert rules == {f"aiaas-{name}": yaml.safe_load(text) for name, text in texts.items()}
+    jobs = {m["spec"]["endpoints"][0]["relabelings"][0]["replacement"] for m in of_kind(everything, "ServiceMonitor")}
+    named = set(re.findall(r'job="([^"]+)"', texts["platform"]))
+    assert named == jobs - {"aiaas-engine"}
+
+
+def test_dashboards_are_delivered_as_they_are(tmp_path: Path) -> None:
     chart = tmp_path / "chart"
     shutil.copytree(CHART, chart)
     dashboard = {"title": "Requests", "panels": [{"expr": 'rate({{ "x" }}[5m])'}]}
-    (chart / "files/rules").mkdir(exist_ok=True)
     (chart / "files/dashboards/of_requests.json").write_text(json.dumps(dashboard))
-    (chart / "files/rules/of_requests.yaml").write_text("groups: [{name: requests, rules: []}]\n")
-    manifests = render({"monitoring": {"dashboards": True, "rules": True}}, tmp_path, chart)
+    manifests = render({"monitoring": {"dashboards": True}}, tmp_path, chart)
     found = one(manifests, "ConfigMap", "aiaas-dashboards-of-requests")
     assert json.loads(found["data"]["of_requests.json"]) == dashboard
     assert found["metadata"]["labels"]["grafana_dashboard"] == "1"
-    rules = one(manifests, "ConfigMap", "aiaas-rules-of-requests")
-    assert yaml.safe_load(rules["data"]["of_requests.yaml"])["groups"][0]["name"] == "requests"
 
 
 def test_dashboards_of_the_repository_are_delivered_without_a_copy_of_them(everything: list[Manifest]) -> None:

@@ -130,7 +130,7 @@ def test_what_watches_is_where_the_platform_looks_for_it() -> None:
     stack = yaml.safe_load((ARGO / "values" / "kube-prometheus-stack.yaml").read_text())
     assert stack["prometheus"]["prometheusSpec"]["serviceMonitorSelectorNilUsesHelmValues"] is False
     sidecar = stack["grafana"]["sidecar"]["dashboards"]
-    assert f'"{sidecar["label"]}"' in (CHART / "templates" / "monitoring.yaml").read_text()
+    assert f'{sidecar["label"]}: "{sidecar["labelValue"]}"' in (CHART / "templates" / "monitoring.yaml").read_text()
     urls = {source["name"].lower(): source["url"] for source in stack["grafana"]["additionalDataSources"]}
     for name, port in (("loki", 3100), ("tempo", 3200)):
         release = yaml.safe_load((ARGO / "values" / f"{name}.yaml").read_text())["fullnameOverride"]

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from aiaas.analytics.v1 import export_service_pb2 as export_pb
+from aiaas.analytics.v1 import reconciliation_service_pb2
 from aiaas.identity.v1 import api_key_service_pb2, audit_service_pb2, auth_service_pb2, user_service_pb2
 from aiaas.identity.v1 import configuration_service_pb2 as configuration_pb
 from aiaas.identity.v1 import session_service_pb2 as session_pb
@@ -327,7 +328,15 @@ async def test_sign_in_with_password_and_second_factor(aiaas: CommandLine, ident
     assert identity.received[2].metadata["authorization"] == "Bearer aiss_session"
 
 
-async def test_doctor_says_what_to_do(aiaas: CommandLine, identity: PeerDouble, router: PeerDouble) -> None:
+async def test_doctor_says_what_to_do(
+    aiaas: CommandLine, identity: PeerDouble, router: PeerDouble, analytics: PeerDouble
+) -> None:
+    reports = reconciliation_service_pb2.ListReconciliationsResponse()
+    for number, kind, state in ((3, 1, 2), (2, 2, 3), (1, 1, 3)):
+        reports.reconciliations.add(reconciliation_id=f"report_{number}", kind=kind, state=state)
+        reports.reconciliations[-1].start_time.FromSeconds(3600)
+        reports.reconciliations[-1].end_time.FromSeconds(7200)
+    analytics.answers["ListReconciliations"] = reports
     listed = backend_service_pb2.ListBackendsResponse()
     listed.backends.add(
         backend_id="b1",
@@ -344,6 +353,8 @@ async def test_doctor_says_what_to_do(aiaas: CommandLine, identity: PeerDouble, 
     assert (found["credential"]["state"], found["credential"]["do"]) == ("bad", "`aiaas login`")
     assert "connection refused" in found["backend b1"]["found"]
     assert "http://engine" in found["backend b1"]["do"]
+    assert (found["books of journal"]["state"], found["books of ledger"]["state"]) == ("ok", "bad")
+    assert "list report_2" in found["books of ledger"]["do"]
     away = await aiaas.run("doctor", AIAAS_URL="http://127.0.0.1:1")
     assert (away.code, "cannot be reached" in away.out) == (1, True)
 

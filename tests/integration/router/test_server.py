@@ -83,7 +83,8 @@ async def test_router_serves_at_once_what_it_served_before_it_restarted(
             _, metrics = await get(ops_port, "/metrics")
     for name in (
         'aiaas_router_requests_total{endpoint="chat.completions",model="m",outcome="succeeded"}',
-        'aiaas_router_time_to_first_token_seconds_count{endpoint="chat.completions",model="m"}',
+        'aiaas_router_time_to_first_token_seconds_count{endpoint="chat.completions",model="m",streamed="true"}',
+        'aiaas_router_overhead_seconds_count{endpoint="chat.completions"}',
         'aiaas_router_request_duration_seconds_count{endpoint="chat.completions",model="m"}',
         'aiaas_router_requests_in_flight{backend="only"} 0.0',
         'aiaas_router_backend_healthy{backend="only"} 1.0',

@@ -153,6 +153,9 @@ async def test_end_of_the_certificate_is_a_metric(tmp_path: Path) -> None:
     tls = Tls(config(tmp_path, life=timedelta(days=10)), ManualClock())
     assert ends("own") == pytest.approx(now + 10 * 86_400, abs=60)
     assert ends("ca") == pytest.approx(now + 3650 * 86_400, abs=60)
+    began = REGISTRY.get_sample_value("aiaas_certificate_start_timestamp_seconds", {"certificate": "own"})
+    assert began is not None
+    assert began <= now
     config(tmp_path, life=timedelta(days=20))
     assert tls.renew()
     assert ends("own") == pytest.approx(now + 20 * 86_400, abs=60)

@@ -113,6 +113,22 @@ async def test_an_entry_is_open_then_unpublished_then_published(tmp_path: Path) 
     await journal.close()
 
 
+async def test_the_age_of_what_waits_is_that_of_the_oldest_and_nothing_once_all_is_published(tmp_path: Path) -> None:
+    clock = ManualClock(NOW)
+    journal = open_journal(tmp_path, clock)
+    assert journal.oldest_unpublished_age_s == 0
+    journal.record(event("req_1"))
+    clock.advance(30)
+    journal.record(event("req_2", NOW + timedelta(seconds=30)))
+    await journal.sync()
+    clock.advance(60)
+    (age,) = metrics.USAGE_AGE.collect()
+    assert age.samples[0].value == 90
+    assert await publish(journal) == ["req_1", "req_2"]
+    assert journal.oldest_unpublished_age_s == 0
+    await journal.close()
+
+
 async def test_a_router_keeps_its_id_and_each_run_has_one_of_its_own(tmp_path: Path) -> None:
     journal = open_journal(tmp_path)
     router_id, instance_id = journal.router_id, journal.instance_id
