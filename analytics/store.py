@@ -205,7 +205,8 @@ class UsageStore:
 
     async def remove_events(self, since: datetime, limit: int) -> int:
         """Remove events before a moment that have no partition of their own, so many at most; returns how many."""
-        return await self._remove("usage_events_default", "admit_time", since, limit)
+        removed: int = await self._database.fetchval("SELECT remove_stray_usage_events($1, $2)", since, limit)
+        return removed
 
     async def _remove(self, table: str, column: str, since: datetime, limit: int) -> int:
         found = f"SELECT ctid FROM {table} WHERE {column} < $1 LIMIT $2"  # noqa: S608

@@ -9,7 +9,7 @@ python="${PYTHON:-.venv/bin/python}"
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 mkdir "$out/python" "$out/typescript" "$out/cli"
-PYTHON="$python" sdk/typescript/install.sh
+PYTHON="$python" deploy/local/npm_install.sh sdk/typescript
 PATH="$(dirname "$python"):$PATH" "$python" -m grpc_tools.protoc -I proto \
     --python_out="$out/python" --grpc_python_out="$out/python" \
     --mypy_out="quiet:$out/python" --mypy_grpc_out="quiet,only_async:$out/python" \

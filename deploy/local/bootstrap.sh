@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes a bare Debian machine ready for `make up`, `make test`, `make test-vllm` or `make test-go`: system packages,
-# virtual environments and, for tests, the TypeScript SDK's packages, every dependency pinned by hash. Never starts a
+# virtual environments and, for tests, Node's packages, every dependency pinned by hash. Never starts a
 # service, never installs what is there already.
 #   deploy/local/bootstrap.sh up|test|vllm|go
 # As root it installs system packages, as an ordinary user it unpacks them into .venv/system. AIAAS_PYTHON is the Python.
@@ -172,13 +172,15 @@ make_checkov_environment() {
     stamp $locks/checkov.lock >.venv-checkov/.stamp
 }
 
-# The TypeScript SDK is generated, compiled and run with Node, which is among the tests' Python packages.
-make_typescript_packages() {
+# The TypeScript SDK, and the TimescaleDB of tests, run with Node, which is among the tests' Python packages.
+make_node_packages() {
     log=$(mktemp)
-    sdk/typescript/install.sh >"$log" 2>&1 || {
-        show "$log"
-        fail "npm could not install everything: see that this machine reaches its package index, then run this again."
-    }
+    for folder in sdk/typescript tests/integration/analytics/timescaledb; do
+        deploy/local/npm_install.sh $folder >"$log" 2>&1 || {
+            show "$log"
+            fail "npm could not install everything: see that this machine reaches its package index, then run this again."
+        }
+    done
     rm -f "$log"
 }
 
@@ -225,7 +227,7 @@ if [ "$1" = go ]; then
         tools="$tools golang-google-grpc-dev golang-github-golang-protobuf-1-5-dev"
 fi
 if [ "$services_current$vllm_current$checkov_current" = yesyesyes ] && [ -z "$missing$tools" ]; then
-    [ "$1" = up ] || make_typescript_packages
+    [ "$1" = up ] || make_node_packages
     exit 0
 fi
 
@@ -250,4 +252,4 @@ if [ -z "$vllm_current" ]; then
     make_vllm_environment
 fi
 [ -n "$checkov_current" ] || make_checkov_environment
-[ "$1" = up ] || make_typescript_packages
+[ "$1" = up ] || make_node_packages
