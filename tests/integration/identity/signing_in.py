@@ -76,6 +76,7 @@ class People:
         self.sessions = session_service_pb2_grpc.SessionServiceStub(identity.channel)
         self.mfa = mfa_service_pb2_grpc.MfaServiceStub(identity.channel)
         self.invites = invite_service_pb2_grpc.InviteServiceStub(identity.channel)
+        self.used_code = ""
 
     async def call(
         self, method: Callable[..., Awaitable[T]], request: object, token: str = "", address: str = "", agent: str = ""
@@ -119,8 +120,10 @@ class People:
         return not await self.identity.is_refused(token)
 
     async def enroll(self, token: str, password: str = PASSWORD) -> tuple[pyotp.TOTP, list[str]]:
-        """An authenticator set up, and its recovery codes. The code of the present step is used up by it."""
+        """An authenticator set up, and its recovery codes. `used_code` is the code that is used up by it."""
         made = await self.call(self.mfa.EnrollTotp, mfa_pb2.EnrollTotpRequest(password=password), token)
         totp = pyotp.TOTP(made.secret)
-        confirmed = await self.call(self.mfa.ConfirmTotp, mfa_pb2.ConfirmTotpRequest(totp_code=totp.now()), token)
+        self.used_code = totp.now()
+        confirm = mfa_pb2.ConfirmTotpRequest(totp_code=self.used_code)
+        confirmed = await self.call(self.mfa.ConfirmTotp, confirm, token)
         return totp, list(confirmed.recovery_codes)

@@ -92,20 +92,25 @@ def test_the_ends_of_the_ratio_are_none_and_all(ratio: float, sampled: int) -> N
 def test_a_request_that_is_not_sampled_makes_no_object_that_outlives_the_decision(
     traceparent: str, most_bytes: int
 ) -> None:
+    kept, most = [], []
     with recording(0.0):
         tracing.begin("x", traceparent)
         tracemalloc.start()
         try:
-            before, _ = tracemalloc.get_traced_memory()
-            tracemalloc.reset_peak()
-            for _ in range(1000):
-                tracing.begin("x", traceparent)
-            after, peak = tracemalloc.get_traced_memory()
+            # The least of several: other threads of the process keep things, too.
+            for _ in range(5):
+                before, _ = tracemalloc.get_traced_memory()
+                tracemalloc.reset_peak()
+                for _ in range(1000):
+                    tracing.begin("x", traceparent)
+                after, peak = tracemalloc.get_traced_memory()
+                kept.append(after - before)
+                most.append(peak - before)
         finally:
             tracemalloc.stop()
-    assert after - before < 100
+    assert min(kept) < 100
     # A number to decide by, or what was read of the header, and not a span: that has thousands of bytes.
-    assert peak - before < most_bytes
+    assert min(most) < most_bytes
 
 
 def test_what_was_sampled_once_is_not_decided_again() -> None:
