@@ -14,6 +14,7 @@ import aio_pika
 import asyncpg
 import pytest
 from anyio.from_thread import BlockingPortal, start_blocking_portal
+from hypothesis import HealthCheck, settings
 from redis.asyncio import Redis
 
 from deploy.local.servers import Postgres, RabbitMQ, SeaweedFS, Valkey
@@ -21,6 +22,10 @@ from deploy.local.state import State
 from deploy.local.supervisor import Supervisor
 from mesh.migrate import migrate
 from mesh.topology import EVENTS, USAGE
+
+# How long an example takes is the machine's, and says nothing of the code.
+settings.register_profile("tests", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 _GROUPS = {"amqp_url": "amqp", "platform": "e2e"}
 
