@@ -71,7 +71,7 @@ class CommandLine:
     async def run(self, *arguments: str, typed: str = "", **environment: str) -> Ran:
         process = await self.start(*arguments, **environment)
         async with asyncio.timeout(60):
-            out, err = await process.communicate(typed.encode())
+            out, err = await process.communicate(typed.encode() or None)
         assert process.returncode is not None
         return Ran(process.returncode, out.decode(), err.decode())
 
