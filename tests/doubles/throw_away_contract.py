@@ -92,15 +92,20 @@ message WatchThingsRequest {
 """
 
 
-def with_throw_away(folder: Path) -> bytes:
-    """The descriptor set of `gen/` as `make generate` would have made it with this contract in `proto/`; `folder` is
-    for what is written on the way."""
-    (folder / "thing.proto").write_text(THROW_AWAY)
+def compiled(folder: Path, text: str) -> bytes:
+    """The descriptor set of one contract and of what it imports, with comments; `folder` is for what is written."""
+    (folder / "thing.proto").write_text(text)
     # In a process of its own: the compiler keeps what it has read.
     arguments = [f"-I{folder}", f"-I{_ROOT / 'proto'}", "--include_imports", "--include_source_info"]
     arguments += [f"--descriptor_set_out={folder / 'set.binpb'}", "thing.proto"]
     subprocess.run([sys.executable, "-m", "grpc_tools.protoc", *arguments], check=True)
-    described = FileDescriptorSet.FromString((folder / "set.binpb").read_bytes())
+    return (folder / "set.binpb").read_bytes()
+
+
+def with_throw_away(folder: Path) -> bytes:
+    """The descriptor set of `gen/` as `make generate` would have made it with this contract in `proto/`; `folder` is
+    for what is written on the way."""
+    described = FileDescriptorSet.FromString(compiled(folder, THROW_AWAY))
     contracts = FileDescriptorSet.FromString((_ROOT / "gen/descriptors.binpb").read_bytes())
     known = {file.name for file in contracts.file}
     contracts.file.extend(file for file in described.file if file.name not in known)

@@ -19,6 +19,7 @@ from cli.requests import RpcCommand
 from cli.tree import BY_HAND, Branch, contracts, root
 from edge.peers import linked_services
 from edge.transcode.routes import RouteTable
+from tests.doubles.throw_away_contract import compiled
 
 ROOT = Path(options_pb2.__file__).parents[5]
 SNAPSHOTS = Path(__file__).parent / "snapshots"
@@ -100,15 +101,6 @@ def commands(branch: Branch = root) -> Iterator[tuple[str, click.Command]]:
 
 def run(*arguments: str) -> Any:
     return CliRunner().invoke(root, list(arguments), env={"AIAAS_URL": "http://127.0.0.1:1", "AIAAS_TOKEN": "t"})
-
-
-def descriptors(folder: Path, text: str) -> bytes:
-    """A descriptor set with comments of one contract."""
-    (folder / "thing.proto").write_text(text)
-    arguments = [f"-I{folder}", f"-I{ROOT / 'proto'}", "--include_imports", "--include_source_info"]
-    arguments += [f"--descriptor_set_out={folder / 'set.binpb'}", "thing.proto"]
-    subprocess.run([sys.executable, "-m", "grpc_tools.protoc", *arguments], check=True)
-    return (folder / "set.binpb").read_bytes()
 
 
 def matches(name: str, text: str) -> None:
@@ -195,7 +187,7 @@ def test_help_imports_nothing_slow(line: str) -> None:
 def test_new_rpc_is_a_command_without_a_line_of_code(tmp_path: Path) -> None:
     (described,) = (
         command
-        for command in Commands(descriptors(tmp_path, THROW_AWAY)).describe()["commands"]
+        for command in Commands(compiled(tmp_path, THROW_AWAY)).describe()["commands"]
         if command["rpc"].startswith("thrown.")
     )
     assert described["path"] == ["things", "update"]
@@ -234,7 +226,7 @@ def test_two_rpcs_that_would_be_one_command_are_refused(tmp_path: Path) -> None:
   }
   // Once.""",
     )
-    made = Commands(descriptors(tmp_path, twice))
+    made = Commands(compiled(tmp_path, twice))
     with pytest.raises(ValueError, match="both the command 'things update'"):
         made.describe()
 

@@ -16,6 +16,7 @@ from aiaas.type.v1.usage_event_pb2 import (
 )
 from mesh.errors import Reason
 from router.backends import Backend, BackendModel
+from router.breaker import Breaker
 from router.models import Model
 from router.prices import Price
 from router.rate_limits import Defaults
@@ -79,21 +80,32 @@ async def test_no_retry_is_made_where_the_policy_gives_none(world: World) -> Non
     assert len(attempts(world)) == 1
 
 
-async def test_failing_backend_is_left_alone_until_one_attempt_succeeds(world: World) -> None:
-    await use(world, RoutingPolicy(least_attempts=4, open_millis=100), world.backends["first"])
+async def test_failing_backend_is_left_alone(world: World) -> None:
+    await use(world, RoutingPolicy(least_attempts=4, open_millis=3_600_000), world.backends["first"])
     world.first.default = failure(500)
     for _ in range(4):
-        await world.refusal(CHAT)
+        assert (await world.refusal(CHAT)).reason is Reason.BACKEND_ERROR
     assert (await world.refusal(CHAT)).reason is Reason.NO_BACKEND_AVAILABLE
     assert len(world.first.received) == 4
-    # The attempt that finds out fails, and so nothing passes for as long again.
-    await asyncio.sleep(0.11)
-    assert (await world.refusal(CHAT)).reason is Reason.BACKEND_ERROR
-    assert (await world.refusal(CHAT)).reason is Reason.NO_BACKEND_AVAILABLE
-    world.first.default = chat_document("Hello", prompt_tokens=1, completion_tokens=1)
-    await asyncio.sleep(0.11)
-    for _ in range(3):
-        await world.answer(CHAT)
+
+
+def test_open_breaker_lets_one_attempt_find_out_when_its_time_is_over() -> None:
+    policy, breaker = RoutingPolicy(least_attempts=1, open_millis=1000), Breaker()
+    breaker.end(10.0, failed=True, is_trial=breaker.start(), policy=policy)
+    assert not breaker.lets_pass(10.9)
+    assert breaker.lets_pass(11.0)
+    is_trial = breaker.start()
+    assert is_trial
+    assert not breaker.lets_pass(11.1), "one at a time"
+    breaker.end(11.2, failed=True, is_trial=is_trial, policy=policy)
+    assert not breaker.lets_pass(12.1)
+    # What began before it opened says nothing, nor does an attempt whose client left.
+    breaker.end(12.3, failed=False, is_trial=False, policy=policy)
+    breaker.end(12.4, failed=None, is_trial=breaker.start(), policy=policy)
+    assert breaker.is_open
+    breaker.end(12.6, failed=False, is_trial=breaker.start(), policy=policy)
+    assert breaker.lets_pass(12.6)
+    assert not breaker.is_open
 
 
 async def test_clients_own_faults_open_no_breaker(world: World) -> None:
