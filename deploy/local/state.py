@@ -86,7 +86,7 @@ class State:
     @contextlib.contextmanager
     def temporary(cls) -> Iterator["State"]:
         """A state folder of its own under the system's folder for temporary files, removed at the end of the block."""
-        root = Path(tempfile.mkdtemp(prefix="aiaas-", dir="/tmp"))
+        root = Path(tempfile.mkdtemp(prefix="aiaas-"))
         try:
             with cls.open(root) as state:
                 yield state

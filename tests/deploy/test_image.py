@@ -31,7 +31,7 @@ def run(*command: str | Path) -> None:
 @pytest.fixture(scope="module")
 def python() -> Iterator[Path]:
     """The interpreter of the image's environment. Not in pytest's folder, which the ordinary user may not enter."""
-    folder = Path(tempfile.mkdtemp(prefix="aiaas-image-", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix="aiaas-image-"))
     folder.chmod(0o755)
     try:
         environment = folder / "aiaas"

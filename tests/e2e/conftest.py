@@ -115,7 +115,7 @@ def wait_until(condition: Callable[[], Any], within_s: float, what: str) -> Any:
 def platform() -> Iterator[Platform]:
     """`make up` on a state folder of its own."""
     # Not pytest's own temporary folder: the stack's service user may not enter that.
-    base = Path(tempfile.mkdtemp(prefix="aiaas-e2e-", dir="/tmp"))
+    base = Path(tempfile.mkdtemp(prefix="aiaas-e2e-"))
     base.chmod(0o755)
     state = base / "state"
     port = free_port()

@@ -8,17 +8,17 @@ import pytest
 from analytics.store import UsageStore
 from mesh.broker import Broker
 from mesh.database import Database
-from mesh.migrate import migrate
 from mesh.topology import EVENTS, USAGE
+from tests.conftest import Servers, migrated_database
 from tests.doubles.webhook_receiver import WebhookReceiver
 from tests.integration.analytics.harness import Hooks, serving
 
 
 @pytest.fixture
-async def database_url(postgres_url: str) -> str:
+async def database_url(servers: Servers) -> AsyncIterator[str]:
     """A database of analytics, migrated and empty."""
-    await migrate(postgres_url, "analytics.migrations")
-    return postgres_url
+    async with migrated_database(servers, "analytics.migrations") as url:
+        yield url
 
 
 @pytest.fixture

@@ -1,13 +1,12 @@
 """identity on a real PostgreSQL, one new database for each test."""
 
-import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import asyncpg
 import pytest
 
-from tests.conftest import Servers
+from tests.conftest import Servers, migrated_database
 from tests.integration.identity.auditing import Sql
 from tests.integration.identity.budgeting import Ledger, ledger_of
 from tests.integration.identity.harness import Identity, running_identity
@@ -17,9 +16,8 @@ from tests.integration.identity.leasing import UNBALANCED, UNTOLD, Router
 @pytest.fixture
 async def database_url(servers: Servers) -> AsyncIterator[str]:
     """A database of identity, migrated and empty."""
-    name = f"identity_{uuid.uuid4().hex}"
-    yield await servers.database(name, await servers.migrated("identity.migrations"))
-    await servers.drop_database(name)
+    async with migrated_database(servers, "identity.migrations") as url:
+        yield url
 
 
 @pytest.fixture

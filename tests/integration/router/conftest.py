@@ -28,10 +28,10 @@ from aiaas.type.v1.usage_event_pb2 import (
 from mesh import tokens
 from mesh.auth import Principal
 from mesh.errors import PlatformError, from_rpc_error
-from mesh.migrate import migrate
 from router.config import RouterConfig
 from router.relay import Relays
 from router.server import serve
+from tests.conftest import Servers, migrated_database
 from tests.doubles.peer import PeerDouble
 from tests.doubles.relay_client import RelayClient
 
@@ -236,11 +236,17 @@ async def identity(tmp_path: Path) -> AsyncIterator[PeerDouble]:
 
 
 @pytest.fixture
-async def config(postgres_url: str, tmp_path: Path, identity: PeerDouble) -> RouterConfig:
+async def database_url(servers: Servers) -> AsyncIterator[str]:
+    """A database of routers, migrated and empty."""
+    async with migrated_database(servers, "router.migrations") as url:
+        yield url
+
+
+@pytest.fixture
+async def config(database_url: str, tmp_path: Path, identity: PeerDouble) -> RouterConfig:
     """The configuration of a router whose Redis and RabbitMQ are away."""
-    await migrate(postgres_url, "router.migrations")
     return RouterConfig(
-        database_url=postgres_url,
+        database_url=database_url,
         redis_url="redis://127.0.0.1:1/0",
         amqp_url="amqp://guest:guest@127.0.0.1:1/",
         identity_target=identity.address,

@@ -19,7 +19,6 @@ from mesh.auth import Principal
 from mesh.database import Database
 from mesh.errors import PlatformError, Reason, from_rpc_error
 from mesh.interceptors import chain
-from mesh.migrate import migrate
 from mesh.server import GrpcServer
 from router.backends import Backend, Registry
 from router.engine_token_store import EngineTokenStore
@@ -45,9 +44,8 @@ class Operator:
 
 
 @pytest.fixture
-async def database(postgres_url: str) -> AsyncIterator[Database]:
-    await migrate(postgres_url, "router.migrations")
-    database = Database(postgres_url)
+async def database(database_url: str) -> AsyncIterator[Database]:
+    database = Database(database_url)
     yield database
     await database.close()
 
@@ -241,7 +239,7 @@ async def listed(stub: router_service_pb2_grpc.RouterServiceStub) -> list[pb.Rou
 
 
 async def test_replicas_are_alive_while_their_hearts_beat_and_known_after(
-    database: Database, postgres_url: str, stub: router_service_pb2_grpc.RouterServiceStub
+    database: Database, database_url: str, stub: router_service_pb2_grpc.RouterServiceStub
 ) -> None:
     store = RouterStore(database)
     running = asyncio.create_task(Heartbeats(store, REPLICA, lambda: CONDITION).run())
@@ -260,7 +258,7 @@ async def test_replicas_are_alive_while_their_hearts_beat_and_known_after(
     running.cancel()
     await asyncio.wait([running])
     assert [router.router_id for router in await listed(stub)] == ["router_0"]
-    connection = await asyncpg.connect(postgres_url)
+    connection = await asyncpg.connect(database_url)
     await connection.execute(
         "UPDATE routers SET heartbeat_time = now() - interval '10.1 s' WHERE router_id = 'router_0'"
     )

@@ -11,7 +11,6 @@ from aiaas.router.v1.backend_service_pb2 import ENGINE_KIND_VLLM
 from aiaas.type.v1.usage_event_pb2 import ENDPOINT_CHAT_COMPLETIONS
 from mesh.database import Database
 from mesh.errors import PlatformError, Reason
-from mesh.migrate import migrate
 from router.backends import Backend, BackendModel
 from router.models import Model
 from router.store import Creation, Store
@@ -32,9 +31,8 @@ BACKEND = Backend(
 
 
 @pytest_asyncio.fixture
-async def store(postgres_url: str) -> AsyncIterator[Store]:
-    assert await migrate(postgres_url, "router.migrations")
-    database = Database(postgres_url)
+async def store(database_url: str) -> AsyncIterator[Store]:
+    database = Database(database_url)
     yield Store(database)
     await database.close()
 
