@@ -1,6 +1,7 @@
 """One llama.cpp server with one model, run as a child of the local stack; never listens beyond this machine."""
 
 import argparse
+import os
 import signal
 
 import xllamacpp
@@ -32,6 +33,9 @@ def main() -> None:
     if arguments.embeddings:
         # An embedding sees its whole text at once, so a text must fit into one batch.
         parameters.n_batch = parameters.n_ubatch = arguments.context_tokens * parameters.n_parallel
+    # Its threads spin while they wait for each other: where others have taken the core of one, all of them stand still.
+    threads = max(1, (os.cpu_count() or 1) // 2)
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
     server = xllamacpp.Server(parameters)
     print(f"listening on {server.listening_address}", flush=True)
     # The server runs on threads of its own; SIGTERM ends the process with them.
