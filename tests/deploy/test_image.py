@@ -20,6 +20,8 @@ from tests.deploy.tools import ROOT
 
 ROLES = ("identity", "router", "analytics", "edge", "gateway")
 EXIT_WRONG_CONFIGURATION = 2
+# The environment takes as long to make as all tests of it do.
+pytestmark = pytest.mark.xdist_group("image")
 DOCKERFILE = (ROOT / "deploy" / "images" / "Dockerfile").read_text()
 
 
