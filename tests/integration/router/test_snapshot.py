@@ -167,11 +167,12 @@ async def test_organization_with_a_budget_waits_for_the_ledger(
         enforcement=budget_service_pb2.BUDGET_ENFORCEMENT_HARD,
     )
     identity.answers["ResolveBudgets"] = budget_service_pb2.ResolveBudgetsResponse(revision=1, budgets=[budget])
+    identity.answers["Lease"] = PlatformError(Reason.UNAVAILABLE)
     async with running(config, identity) as router:
         await router.add_model("m")
         await router.add_backend("only", engine.base_url, "m")
         # Nobody gives a lease; the principal is known all the same.
-        assert await reason_of(router) is not None
+        assert await reason_of(router) is Reason.UNAVAILABLE
         known = router.credential
     await identity.stop()
     async with running(config, identity) as router:
