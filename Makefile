@@ -1,6 +1,6 @@
 # Everything a person or CI runs. `make up` and `make test` need nothing installed before.
 .DEFAULT_GOAL := help
-.PHONY: help up test test-one-process test-go test-vllm check generate docs lock bench bench-guard bench-engine bench-identity bench-revocations bench-exports bench-usage bench-analytics bench-cli soak money money-switches sbom
+.PHONY: help up test test-one-process test-go test-vllm vllm check generate docs lock bench bench-guard bench-engine bench-identity bench-revocations bench-exports bench-usage bench-analytics bench-cli soak money money-switches sbom
 
 PYTHON := .venv/bin/python
 BIN := .venv/bin
@@ -29,8 +29,10 @@ test-go: ## Go stubs and their example (Go 1.19 and its gRPC from Debian, 95 MB)
 	@deploy/local/bootstrap.sh go
 	SDK_GO=1 $(BIN)/pytest tests/e2e/test_sdk_go.py
 
-test-vllm: ## The end-to-end tests against two real vLLM replicas
+vllm:
 	@deploy/local/bootstrap.sh vllm
+
+test-vllm: vllm ## The end-to-end tests against two real vLLM replicas
 	ENGINE=vllm $(BIN)/pytest tests/e2e
 
 check: ## Formatting, lint, types, import walls, contracts, generated files, documentation
