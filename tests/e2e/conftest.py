@@ -31,8 +31,18 @@ FRONT = ("gateway",) if os.environ.get("ONE_PROCESS") == "1" else ("router", "ed
 SERVICES = ("identity", "analytics", *FRONT)
 # Go is another toolchain, which only `make test-go` installs.
 collect_ignore = [] if os.environ.get("SDK_GO") == "1" else ["test_sdk_go.py"]
+# The whole suite has tried before what neither the engine nor the number of processes changes.
+IS_REPEATED = ENGINE != "llamacpp" or FRONT == ("gateway",)
 # WITHOUT=restart halts what starts killed parts again; the tests that kill must fail then.
 WITHOUT = os.environ.get("WITHOUT", "")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what is marked `once` where the end-to-end tests are repeated."""
+    left_out = [item for item in items if IS_REPEATED and item.get_closest_marker("once")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @dataclass(frozen=True)

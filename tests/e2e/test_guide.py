@@ -47,6 +47,7 @@ def executed(commands: list[str], folder: Path, environment: dict[str, str]) -> 
     return wrote
 
 
+@pytest.mark.once
 @pytest.mark.timeout(300)
 def test_newcomer_gets_from_nothing_to_a_bill(platform: Platform, tmp_path: Path) -> None:
     commands = lines()

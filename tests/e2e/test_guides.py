@@ -9,6 +9,7 @@ import pytest
 
 from .conftest import Platform
 
+pytestmark = pytest.mark.once
 GUIDES = Path(__file__).parents[2] / "docs/guides"
 BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
