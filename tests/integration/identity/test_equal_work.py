@@ -39,7 +39,8 @@ class Work:
 
         async def counted(connection: Any, query: str, *arguments: Any, **named: Any) -> Any:
             # What runs by itself in the background is no work for a caller.
-            if self._is_counted and ("throttles" in query or "passwords" in query or "api_keys" in query):
+            is_callers = any(table in query for table in ("throttles", "passwords", "api_keys"))
+            if self._is_counted and is_callers and "SET last_use_time" not in query:
                 self.statements.append(query)
             return await execute(connection, query, *arguments, **named)
 
