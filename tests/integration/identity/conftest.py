@@ -1,16 +1,25 @@
 """identity on a real PostgreSQL, one new database for each test."""
 
+import functools
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import asyncpg
 import pytest
 
+from identity.passwords import Passwords
 from tests.conftest import Servers, migrated_database
 from tests.integration.identity.auditing import Sql
 from tests.integration.identity.budgeting import Ledger, ledger_of
 from tests.integration.identity.harness import Identity, running_identity
 from tests.integration.identity.leasing import UNBALANCED, UNTOLD, Router
+
+
+@pytest.fixture(autouse=True)
+def passwords_cost_little(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hashes take no quarter of a second, but where it is looked at what they cost."""
+    if "work" not in request.fixturenames:
+        monkeypatch.setattr("identity.server.Passwords", functools.partial(Passwords, cost=4))
 
 
 @pytest.fixture
