@@ -243,6 +243,9 @@ fi
 find_python 'sys.version_info >= (3, 11)' ||
     fail "Python 3.11 or newer with its venv module is needed: install python3-venv, or name one with AIAAS_PYTHON=..."
 
+# Beside the other, which takes longer.
+checkov=
+[ -n "$checkov_current" ] || { make_checkov_environment & checkov=$!; }
 [ -n "$services_current" ] || make_services_environment "$lock"
 # shellcheck disable=SC2046 # a list of packages
 [ "$(id -u)" = 0 ] || [ -z "$missing" ] || unpack $(missing_from "")
@@ -251,5 +254,5 @@ if [ -z "$vllm_current" ]; then
         fail "vLLM for the CPU needs Python 3.11: install it, or name one with AIAAS_PYTHON=..."
     make_vllm_environment
 fi
-[ -n "$checkov_current" ] || make_checkov_environment
+[ -z "$checkov" ] || wait "$checkov" || exit 1
 [ "$1" = up ] || make_node_packages
