@@ -26,10 +26,6 @@ from deploy.local.supervisor import Supervisor
 from mesh.migrate import migrate
 from mesh.topology import EVENTS, USAGE
 
-# How long an example takes is the machine's, and says nothing of the code.
-settings.register_profile("tests", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("tests")
-
 # Servers that live for a minute need no disk: in memory a database is made in a tenth of the time.
 _MEMORY = "/dev/shm"
 _MEMORY_BYTES = 8 << 30
@@ -46,6 +42,10 @@ def _is_roomy(folder: str) -> bool:
 
 if "TMPDIR" not in os.environ and _is_roomy(_MEMORY):
     os.environ["TMPDIR"] = tempfile.tempdir = _MEMORY
+
+# How long an example takes is the machine's, and says nothing of the code.
+settings.register_profile("tests", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 _GROUPS = {"amqp_url": "amqp", "platform": "e2e"}
 
