@@ -35,6 +35,8 @@ def python() -> Iterator[Path]:
     """The interpreter of the image's environment. Not in pytest's folder, which the ordinary user may not enter."""
     folder = Path(tempfile.mkdtemp(prefix="aiaas-image-"))
     folder.chmod(0o755)
+    (folder / "compiled").mkdir()
+    (folder / "compiled").chmod(0o777)
     try:
         environment = folder / "aiaas"
         run(_copied_python(folder / "python"), "-m", "venv", "--without-pip", environment)
@@ -82,7 +84,11 @@ def started(python: Path, account: Account | None, *arguments: str) -> subproces
         text=True,
         check=False,
         timeout=60,
-        env={"PYTHONDONTWRITEBYTECODE": "1", "LD_LIBRARY_PATH": str(python.parents[2] / "python" / "lib")},
+        # What one has compiled, the next one need not.
+        env={
+            "PYTHONPYCACHEPREFIX": str(python.parents[2] / "compiled"),
+            "LD_LIBRARY_PATH": str(python.parents[2] / "python" / "lib"),
+        },
         cwd="/tmp",
         user=account.uid if account else None,
         group=account.gid if account else None,
