@@ -77,13 +77,13 @@ def operations(tenants: Tenants) -> list[Any]:
 
 def answers(stack: Stack, operation: Any, mode: GenerationMode, key: str) -> list[Any]:
     """What some requests of an operation are answered with, held to the document."""
-    found = []
     # All that is in a form is text: it takes seconds to find that nothing in it can be of a wrong kind.
     if (
         mode is GenerationMode.NEGATIVE
         and operation.definition.raw.get("requestBody", {}).get("content", {}).keys() == FORM
     ):
-        return found
+        return []
+    found = []
 
     @settings(
         max_examples=EXAMPLES,
