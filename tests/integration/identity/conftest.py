@@ -18,8 +18,13 @@ from tests.integration.identity.leasing import UNBALANCED, UNTOLD, Router
 @pytest.fixture(autouse=True)
 def passwords_cost_little(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hashes take no quarter of a second, but where it is looked at what they cost."""
-    if "work" not in request.fixturenames:
+    if "real_cost" not in request.fixturenames:
         monkeypatch.setattr("identity.server.Passwords", functools.partial(Passwords, cost=4))
+
+
+@pytest.fixture
+def real_cost() -> None:
+    """For tests of what hashes cost."""
 
 
 @pytest.fixture

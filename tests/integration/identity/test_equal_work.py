@@ -58,7 +58,7 @@ class Work:
 
 
 @pytest.fixture
-def work(monkeypatch: pytest.MonkeyPatch) -> Work:
+def work(real_cost: None, monkeypatch: pytest.MonkeyPatch) -> Work:
     return Work(monkeypatch)
 
 

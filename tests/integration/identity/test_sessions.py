@@ -58,6 +58,7 @@ async def test_wrong_password_and_unknown_address_are_answered_alike(
     assert (error.reason, error.message) == (Reason.SIGN_IN_REFUSED, "The address or the password is wrong.")
 
 
+@pytest.mark.usefixtures("real_cost")
 async def test_unknown_address_takes_as_long_as_a_known_one(people: People, ann: str) -> None:
     took: dict[str, list[float]] = {ANN: [], "nobody@example.com": []}
     for _ in range(4):
