@@ -17,9 +17,9 @@ from mesh.config import ConfigError, load
 from router.config import RouterConfig
 from tests.doubles.peer import PeerDouble
 from tests.doubles.scripted_backend import Answer, ScriptedBackend, chat_stream, chunk, sse
-from tests.integration.router.conftest import PRINCIPAL, Router, config, identity, until
+from tests.integration.router.conftest import PRINCIPAL, Router, config, database_url, identity, until
 
-__all__ = ["config", "identity"]
+__all__ = ["config", "database_url", "identity"]
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 STREAM = CHAT | {"stream": True}
