@@ -251,7 +251,7 @@ def peer_services(context: grpc.aio.ServicerContext[Any, Any]) -> frozenset[str]
 def is_client(context: grpc.aio.ServicerContext[Any, Any]) -> bool:
     """Whether the caller is a client of a public address: it came over TLS, and has no certificate."""
     found = context.auth_context()
-    return "transport_security_type" in found and "x509_pem_cert" not in found
+    return found.get("transport_security_type") == [b"ssl"] and "x509_pem_cert" not in found
 
 
 def is_local(target: str) -> bool:

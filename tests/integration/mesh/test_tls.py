@@ -169,7 +169,7 @@ async def test_public_address_takes_clients_where_it_takes_tools_and_services_no
 
 @pytest.mark.parametrize(
     ("name", "address"),
-    [("a client", "192.0.2.1"), ("tool", "10.0.0.1"), ("edge", "198.51.100.7")],
+    [("a client", "192.0.2.1"), ("tool", "10.0.0.1"), ("edge", "198.51.100.7"), ("plain text", "198.51.100.7")],
 )
 async def test_client_address_is_the_callers_to_say_by_who_it_is(
     world: World, name: str, address: str, monkeypatch: pytest.MonkeyPatch
@@ -185,7 +185,7 @@ async def test_client_address_is_the_callers_to_say_by_who_it_is(
     routing = server(
         world.address,
         {"GetModel": get_model},
-        tls=world.tls("router"),
+        tls=None if name == "plain text" else world.tls("router"),
         public_address=public,
         trusted_proxies=("10.0.0.0/8",),
         drain_s=0.1,
@@ -196,7 +196,7 @@ async def test_client_address_is_the_callers_to_say_by_who_it_is(
         options = [("grpc.ssl_target_name_override", "router.aiaas.internal")]
         channel = grpc.aio.secure_channel(public, credentials, options=options)
     else:
-        channel = connect(world.address, MODELS, INFERENCE, tls=world.tls(name))
+        channel = connect(world.address, MODELS, INFERENCE, tls=None if name == "plain text" else world.tls(name))
     async with started(routing), channel:
         await Client(channel).models.GetModel(GetModelRequest(), metadata=(*bearer("developer"), *told), timeout=5)
     assert seen == [address]

@@ -186,7 +186,7 @@ imagePullSecrets:
 {{- end -}}
 {{- end }}
 
-{{/* The pod of a service: (dict "root" . "service" "router" "grpc" 7003 "ops" 7013 "public" 7023). The ops port answers probes. */}}
+{{/* The pod of a service: (dict "root" . "service" "router" "grpc" 7003 "ops" 7013 "public" 7023). Ops answers probes. */}}
 {{- define "aiaas.pod" -}}
 {{- $root := .root -}}
 {{- $service := .service -}}
