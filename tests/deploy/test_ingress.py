@@ -1,7 +1,7 @@
 """The platform through real nginx, configured as the NGINX Ingress controller would be by what the chart renders.
 
-WITHOUT takes a protection away, and its test fails: with `unbuffered` nginx holds back what it may, with `proxies`
-services trust no proxy, with `distrust` everybody.
+WITHOUT takes a protection away, and its test fails: with `unbuffered` nginx holds back what it may (so little only in
+HTTP/1.1), with `proxies` services trust no proxy, with `distrust` everybody.
 """
 
 import asyncio
