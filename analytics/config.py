@@ -8,6 +8,7 @@ import msgspec
 
 from analytics.usage_retention import Kept
 from mesh.config import setting
+from mesh.networks import ProxyConfig
 from mesh.sealing import KEY_PATTERN
 from mesh.tls import TlsConfig
 
@@ -29,6 +30,11 @@ class AnalyticsConfig:
     )
     grpc_address: str = setting(
         "AIAAS_ANALYTICS_GRPC_ADDRESS", "host:port or unix:path that gRPC listens on", default="127.0.0.1:27005"
+    )
+    public_grpc_address: str = setting(
+        "AIAAS_ANALYTICS_PUBLIC_GRPC_ADDRESS",
+        "host:port for gRPC clients that have no certificate, behind a proxy that ends their TLS; empty: for none",
+        default="",
     )
     ops_address: str = setting(
         "AIAAS_ANALYTICS_OPS_ADDRESS", "host:port of /health, /ready and /metrics", default="127.0.0.1:27105"
@@ -93,6 +99,7 @@ class AnalyticsConfig:
         "AIAAS_TRACE_RATIO", "share of requests that are traced, 0 to 1", default=0.01
     )
     tls: TlsConfig = field(default_factory=TlsConfig)
+    proxies: ProxyConfig = field(default_factory=ProxyConfig)
 
     @property
     def kept(self) -> Kept:
@@ -102,7 +109,8 @@ class AnalyticsConfig:
         )
 
     def __post_init__(self) -> None:
-        """Raises ValueError for an address beyond this machine without TLS."""
+        """Raises ValueError for an address beyond this machine, or a public one, without TLS."""
+        self.tls.check_public(AIAAS_ANALYTICS_PUBLIC_GRPC_ADDRESS=self.public_grpc_address)
         self.tls.check(
             AIAAS_ANALYTICS_GRPC_ADDRESS=self.grpc_address,
             AIAAS_ANALYTICS_IDENTITY_TARGET=self.identity_target,

@@ -209,10 +209,17 @@ async def serve(config: AnalyticsConfig, stop: asyncio.Event) -> None:
                     StatementService(statements, issuer, verifier),
                 ),
             ],
-            chain(authenticator, signatures=signatures, decider=decider, traced=config.otlp_endpoint is not None),
+            chain(
+                authenticator,
+                signatures=signatures,
+                decider=decider,
+                traced=config.otlp_endpoint is not None,
+                trusted_proxies=config.proxies.trusted_proxies,
+            ),
             reflect=config.reflection,
             drain_s=config.drain_s,
             tls=tls,
+            public_address=config.public_grpc_address,
         )
         ops_host, _, ops_port = config.ops_address.rpartition(":")
         ops_server = OpsServer(int(ops_port), {"database": database.check}, host=ops_host)

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from mesh.config import setting
+from mesh.networks import ProxyConfig
 from mesh.server import MESSAGE_BYTES
 from mesh.tls import TlsConfig
 
@@ -62,6 +63,7 @@ class EdgeConfig:
         "AIAAS_TRACE_RATIO", "share of requests that are traced, 0 to 1", default=0.01
     )
     tls: TlsConfig = field(default_factory=TlsConfig)
+    proxies: ProxyConfig = field(default_factory=ProxyConfig)
 
     def __post_init__(self) -> None:
         """Raises ValueError if the address is not host:port, and for a target beyond this machine without TLS."""

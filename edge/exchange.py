@@ -15,6 +15,7 @@ from mesh import context, request_signatures
 from mesh.auth import credential_of
 from mesh.errors import PlatformError, Reason
 from mesh.ids import new_request_id
+from mesh.networks import client_of
 from mesh.telemetry import CREDENTIAL
 
 Headers = Sequence[tuple[bytes, bytes]]
@@ -29,6 +30,7 @@ _is_sane_credential = re.compile(r"[\x21-\x7e]{1,4096}").fullmatch
 _LINGER_S = 5.0
 _LINGER_BYTES = 64 << 20
 _IDEMPOTENCY_KEY_LENGTH = 255
+_FORWARDED_FOR = b"x-forwarded-for"
 
 
 class ClientGoneError(Exception):
@@ -55,11 +57,13 @@ class Connection(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a request may cost: bytes of its body, seconds of a pause within it, seconds altogether."""
+    """What a request may cost: bytes of its body, seconds of a pause within it, seconds altogether; and which proxies
+    (CIDR) may say whose it is."""
 
     max_body_bytes: int
     idle_timeout_s: float
     request_timeout_s: float
+    trusted_proxies: tuple[str, ...] = ()
 
 
 class Exchange:
@@ -142,9 +146,13 @@ class Exchange:
 
     @property
     def client_address(self) -> str:
-        """The client's network address; empty on a unix socket."""
+        """The client's network address, beyond the proxies that are trusted; empty on a unix socket."""
         client = self.scope.get("client")
-        return client[0] if client else ""
+        if client is None or not self.limits.trusted_proxies or _FORWARDED_FOR not in self.headers:
+            return client[0] if client else ""
+        # All of them: some proxies add a header of their own below the client's.
+        told = b",".join(value for name, value in self.scope["headers"] if name == _FORWARDED_FOR)
+        return client_of(client[0], told.decode("latin-1"), self.limits.trusted_proxies)
 
     @property
     def is_shed(self) -> bool:

@@ -79,7 +79,12 @@ async def _serve(
             peers,
             routers,
             linked_services(),
-            Limits(config.max_body_bytes, config.idle_timeout_s, config.request_timeout_s),
+            Limits(
+                config.max_body_bytes,
+                config.idle_timeout_s,
+                config.request_timeout_s,
+                config.proxies.trusted_proxies,
+            ),
             access_log,
         )
         limits = ConnectionLimits(

@@ -8,6 +8,7 @@ import msgspec
 from identity.audit_chain import KEYS_PATTERN
 from identity.mail import URL_PATTERN
 from mesh.config import setting
+from mesh.networks import ProxyConfig
 from mesh.sealing import KEY_PATTERN
 from mesh.tls import TlsConfig
 
@@ -53,6 +54,11 @@ class IdentityConfig:
     grpc_address: str = setting(
         "AIAAS_IDENTITY_GRPC_ADDRESS", "host:port or unix:path of the gRPC server", default="127.0.0.1:27001"
     )
+    public_grpc_address: str = setting(
+        "AIAAS_IDENTITY_PUBLIC_GRPC_ADDRESS",
+        "host:port for gRPC clients that have no certificate, behind a proxy that ends their TLS; empty: for none",
+        default="",
+    )
     ops_address: Annotated[str, msgspec.Meta(pattern=r"^[^:]+:\d{1,5}$")] = setting(
         "AIAAS_IDENTITY_OPS_ADDRESS", "host:port of /health, /ready and /metrics", default="127.0.0.1:27011"
     )
@@ -81,7 +87,9 @@ class IdentityConfig:
         "AIAAS_IDENTITY_DRAIN_S", "seconds that calls get to end in when the process stops", default=10.0
     )
     tls: TlsConfig = field(default_factory=TlsConfig)
+    proxies: ProxyConfig = field(default_factory=ProxyConfig)
 
     def __post_init__(self) -> None:
-        """Raises ValueError for an address beyond this machine without TLS."""
+        """Raises ValueError for an address beyond this machine, or a public one, without TLS."""
+        self.tls.check_public(AIAAS_IDENTITY_PUBLIC_GRPC_ADDRESS=self.public_grpc_address)
         self.tls.check(AIAAS_IDENTITY_GRPC_ADDRESS=self.grpc_address)

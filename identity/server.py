@@ -257,10 +257,12 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
                     decider=decisions,
                     traced=bool(config.otlp_endpoint),
                     witnesses=[AuditInterceptor(audit, clock)],
+                    trusted_proxies=config.proxies.trusted_proxies,
                 ),
                 reflect=config.reflection,
                 drain_s=config.drain_s,
                 tls=tls,
+                public_address=config.public_grpc_address,
             )
             host, _, port = config.ops_address.rpartition(":")
             ops_server = OpsServer(int(port), {"database": database.check}, host=host)

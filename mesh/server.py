@@ -47,7 +47,8 @@ class GrpcServer:
     """A server for `services`: (descriptor, generated add function, servicer) each.
 
     `address` is "host:port" or "unix:/path". `drain_s` is how long running calls may take to end. With `tls` only
-    services that have a certificate are let in, each to the RPCs that are for it.
+    services that have a certificate are let in, each to the RPCs that are for it; at `public_address`, which wants
+    `tls`, clients without one, to the RPCs that are for tools.
     """
 
     def __init__(
@@ -59,8 +60,10 @@ class GrpcServer:
         reflect: bool = False,
         drain_s: float = 30.0,
         tls: Tls | None = None,
+        public_address: str = "",
     ) -> None:
         self._address = address
+        self._public_address = public_address
         self._drain_s = drain_s
         self._tls = tls
         judges = [] if tls is None else [PeerInterceptor()]
@@ -77,17 +80,25 @@ class GrpcServer:
 
     async def start(self) -> None:
         """Listen and serve. Raises AddressInUseError."""
-        try:
-            if self._tls is None:
-                self._server.add_insecure_port(self._address)
-            else:
-                self._server.add_secure_port(self._address, self._tls.server_credentials())
-        except RuntimeError as error:
-            raise AddressInUseError(
-                f"{self._address} cannot be listened on: another process uses it, or it is not an address of this host."
-            ) from error
+        if self._tls is None:
+            self._listen(self._address, None)
+        else:
+            self._listen(self._address, self._tls.server_credentials())
+            if self._public_address:
+                self._listen(self._public_address, self._tls.server_credentials(is_public=True))
         await self._server.start()
         await self.set_serving(True)
+
+    def _listen(self, address: str, credentials: grpc.ServerCredentials | None) -> None:
+        try:
+            if credentials is None:
+                self._server.add_insecure_port(address)
+            else:
+                self._server.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            raise AddressInUseError(
+                f"{address} cannot be listened on: another process uses it, or it is not an address of this host."
+            ) from error
 
     async def set_serving(self, serving: bool) -> None:
         """Tell channels whether to send calls here."""

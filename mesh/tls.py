@@ -88,6 +88,13 @@ class TlsConfig:
         """Whether services talk over TLS."""
         return bool(self.certificate_path)
 
+    def check_public(self, **addresses: str) -> None:
+        """Hold public gRPC addresses, by their variables, to this: only a certificate tells a service from a client.
+        Raises ValueError that names the variable."""
+        for variable, address in addresses.items():
+            if address and not self.is_on:
+                raise ValueError(f"{variable} wants certificates (AIAAS_TLS_CERTIFICATE_PATH and its like)")
+
     def check(self, **addresses: str | None) -> None:
         """Hold the gRPC addresses of a configuration, by their variables, to this: without TLS they stay on this
         machine. Raises ValueError that names the variable."""
@@ -153,8 +160,9 @@ class Tls:
         material = self._material
         return grpc.ssl_channel_credentials(material.ca, material.key, material.certificate)
 
-    def server_credentials(self) -> grpc.ServerCredentials:
-        """What a server shows, and wants of every peer; each handshake has the newest."""
+    def server_credentials(self, *, is_public: bool = False) -> grpc.ServerCredentials:
+        """What a server shows, and wants of every peer: of a client of a public address nothing. Each handshake has the
+        newest."""
         shown = self.generation
 
         def newest() -> Any:
@@ -163,13 +171,14 @@ class Tls:
             if shown == self.generation:
                 return None
             shown = self.generation
-            return self._server_configuration()
+            return configuration()
 
-        return grpc.dynamic_ssl_server_credentials(self._server_configuration(), newest, True)
+        def configuration() -> Any:
+            material = self._material
+            ca = None if is_public else material.ca
+            return grpc.ssl_server_certificate_configuration([(material.key, material.certificate)], ca)
 
-    def _server_configuration(self) -> Any:
-        material = self._material
-        return grpc.ssl_server_certificate_configuration([(material.key, material.certificate)], material.ca)
+        return grpc.dynamic_ssl_server_credentials(configuration(), newest, not is_public)
 
     def _look(self) -> tuple[tuple[int, int, int], ...]:
         """What changes when one of the files does, however it is replaced. Raises CertificateError."""
@@ -237,6 +246,12 @@ def peer_services(context: grpc.aio.ServicerContext[Any, Any]) -> frozenset[str]
     return frozenset(
         name.decode().removesuffix(_DOMAIN) for name in names if name.isascii() and name.endswith(_DOMAIN.encode())
     )
+
+
+def is_client(context: grpc.aio.ServicerContext[Any, Any]) -> bool:
+    """Whether the caller is a client of a public address: it came over TLS, and has no certificate."""
+    found = context.auth_context()
+    return found.get("transport_security_type") == [b"ssl"] and "x509_pem_cert" not in found
 
 
 def is_local(target: str) -> bool:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from mesh.config import setting
+from mesh.networks import ProxyConfig
 from mesh.tls import TlsConfig
 
 
@@ -35,6 +36,11 @@ class RouterConfig:
     )
     grpc_address: str = setting(
         "AIAAS_ROUTER_GRPC_ADDRESS", "host:port or unix:path that gRPC listens on", default="127.0.0.1:27003"
+    )
+    public_grpc_address: str = setting(
+        "AIAAS_ROUTER_PUBLIC_GRPC_ADDRESS",
+        "host:port for gRPC clients that have no certificate, behind a proxy that ends their TLS; empty: for none",
+        default="",
     )
     advertised_address: str | None = setting(
         "AIAAS_ROUTER_ADVERTISED_ADDRESS",
@@ -99,7 +105,9 @@ class RouterConfig:
         "AIAAS_TRACE_RATIO", "share of requests that are traced, 0 to 1", default=0.01
     )
     tls: TlsConfig = field(default_factory=TlsConfig)
+    proxies: ProxyConfig = field(default_factory=ProxyConfig)
 
     def __post_init__(self) -> None:
-        """Raises ValueError for an address beyond this machine without TLS."""
+        """Raises ValueError for an address beyond this machine, or a public one, without TLS."""
+        self.tls.check_public(AIAAS_ROUTER_PUBLIC_GRPC_ADDRESS=self.public_grpc_address)
         self.tls.check(AIAAS_ROUTER_GRPC_ADDRESS=self.grpc_address, AIAAS_ROUTER_IDENTITY_TARGET=self.identity_target)

@@ -58,7 +58,8 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
                 endpoint=request.endpoint,
                 body=request.body,
                 principal=_principal(),
-                client_address=request.client_address,
+                # Who calls by network is not theirs to say.
+                client_address=call.client_address.get() or request.client_address,
                 idempotency_key=request.idempotency_key,
                 deadline=None if deadline is None else now + deadline - asyncio.get_running_loop().time(),
                 span=tracing.current(),

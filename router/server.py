@@ -208,10 +208,12 @@ async def serve(
                 decider=decider,
                 asking_policies=[INFER],
                 traced=config.otlp_endpoint is not None,
+                trusted_proxies=config.proxies.trusted_proxies,
             ),
             reflect=config.reflection,
             drain_s=config.drain_s,
             tls=tls,
+            public_address=config.public_grpc_address,
         )
         ops_host, _, ops_port = config.ops_address.rpartition(":")
         ops_server = OpsServer(int(ops_port), {"registry": registry.check_loaded}, host=ops_host)

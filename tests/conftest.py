@@ -47,7 +47,7 @@ if "TMPDIR" not in os.environ and _is_roomy(_MEMORY):
 settings.register_profile("tests", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tests")
 
-_GROUPS = {"amqp_url": "amqp", "platform": "e2e"}
+_GROUPS = {"amqp_url": "amqp", "ingress": "amqp", "platform": "e2e"}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -115,6 +115,26 @@ class Servers:
             self.templates.add(name)
         return name
 
+    async def empty_redis(self) -> str:
+        """The address of a Valkey that is empty."""
+        self.start(self.valkey)
+        await self.ready(self.valkey)
+        async with Redis.from_url(self.valkey.url) as redis:
+            await redis.flushall()
+        return self.valkey.url
+
+    async def empty_amqp(self) -> str:
+        """The address of a RabbitMQ without the queues of earlier tests."""
+        self.start(self.rabbitmq)
+        await self.ready(self.rabbitmq)
+        async with await aio_pika.connect(self.rabbitmq.url) as connection:
+            channel = await connection.channel()
+            for queue in (USAGE, EVENTS):
+                await channel.queue_delete(queue.name)
+                await channel.queue_delete(queue.dead_name)
+                await channel.exchange_delete(queue.exchange)
+        return self.rabbitmq.url
+
     async def ready(self, server: Postgres | Valkey | RabbitMQ | SeaweedFS) -> None:
         """Returns once a server answers."""
         future = self.portal.start_task_soon(self.supervisor.ready, server.name)
@@ -152,25 +172,13 @@ async def migrated_database(servers: Servers, package: str) -> AsyncIterator[str
 @pytest.fixture
 async def redis_url(servers: Servers) -> str:
     """An empty Valkey."""
-    servers.start(servers.valkey)
-    await servers.ready(servers.valkey)
-    async with Redis.from_url(servers.valkey.url) as redis:
-        await redis.flushall()
-    return servers.valkey.url
+    return await servers.empty_redis()
 
 
 @pytest.fixture
 async def amqp_url(servers: Servers) -> str:
     """A RabbitMQ without the queues of earlier tests."""
-    servers.start(servers.rabbitmq)
-    await servers.ready(servers.rabbitmq)
-    async with await aio_pika.connect(servers.rabbitmq.url) as connection:
-        channel = await connection.channel()
-        for queue in (USAGE, EVENTS):
-            await channel.queue_delete(queue.name)
-            await channel.queue_delete(queue.dead_name)
-            await channel.exchange_delete(queue.exchange)
-    return servers.rabbitmq.url
+    return await servers.empty_amqp()
 
 
 @pytest.fixture

@@ -27,6 +27,8 @@ has_chromium() { [ -x "$1/usr/lib/chromium/chromium" ]; }
 # Tests hold alerts against them. has_prometheus ROOT, has_alertmanager ROOT
 has_prometheus() { [ -x "$1/usr/bin/promtool" ]; }
 has_alertmanager() { [ -x "$1/usr/bin/amtool" ]; }
+# Tests go through it to the platform. has_nginx ROOT
+has_nginx() { [ -x "$1/usr/sbin/nginx" ]; }
 
 # missing_from ROOT...: the Debian packages that none of the roots has.
 missing_from() {
@@ -191,7 +193,7 @@ case "${1:-}" in
     up) lock=$locks/local.lock vllm=${ENGINE:-} ;;
     test)
         lock=$locks/dev.lock vllm=
-        for_tests="has_chromium:chromium has_prometheus:prometheus has_alertmanager:prometheus-alertmanager"
+        for_tests="has_chromium:chromium has_prometheus:prometheus has_alertmanager:prometheus-alertmanager has_nginx:nginx-light"
         ;;
     go) lock=$locks/dev.lock vllm= ;;
     vllm) lock=$locks/dev.lock vllm=vllm ;;

@@ -78,9 +78,13 @@ class Authority:
 
     def issue(self, *services: str, life: timedelta = _LIFE) -> tuple[str, str]:
         """A certificate that names the services, and its key, both PEM."""
+        return self.issue_names(*map(dns_name, services), life=life)
+
+    def issue_names(self, *names: str, life: timedelta = _LIFE) -> tuple[str, str]:
+        """A certificate of hosts by their DNS names, and its key, both PEM."""
         key = ec.generate_private_key(ec.SECP256R1())
         now = datetime.now(UTC)
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, ", ".join(services))])
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, ", ".join(names))])
         usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
         certificate = (
             _builder(subject, self._certificate.subject, key, min(now, now + life) - _EARLIER, now + life)
@@ -88,7 +92,7 @@ class Authority:
             .add_extension(_usage(signs_certificates=False), critical=True)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
             .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
-            .add_extension(x509.SubjectAlternativeName([x509.DNSName(dns_name(name)) for name in services]), False)
+            .add_extension(x509.SubjectAlternativeName([x509.DNSName(name) for name in names]), False)
             .sign(self._key, hashes.SHA256())
         )
         return certificate.public_bytes(Encoding.PEM).decode(), _pem(key)

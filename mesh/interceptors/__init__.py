@@ -31,6 +31,7 @@ def chain(
     traced: bool = False,
     stream_timeout_s: float = 600.0,
     witnesses: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = (),
+    trusted_proxies: tuple[str, ...] = (),
 ) -> list[grpc.aio.ServerInterceptor[Any, Any]]:
     """The interceptors of every server of the platform, outermost first.
 
@@ -38,10 +39,10 @@ def chain(
     has policies. The handlers of `asking_policies` have them
     asked themselves. `traced` says whether spans go anywhere;
     `stream_timeout_s` ends streams whose caller set no deadline. `witnesses` are a service's own, which see every call
-    as it is judged and as it ends.
+    as it is judged and as it ends. `trusted_proxies` (CIDR) say who the clients of a public address are.
     """
     return [
-        OriginInterceptor(),
+        OriginInterceptor(trusted_proxies),
         *([tracing_interceptor()] if traced else []),
         MetricsInterceptor(),
         ErrorsInterceptor(),

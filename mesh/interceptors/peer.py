@@ -11,7 +11,7 @@ from aiaas.type.v1 import options_pb2
 from mesh.auth import find_method, policy_of
 from mesh.errors import PlatformError, Reason
 from mesh.interceptors.handler import Handler, proceed
-from mesh.tls import peer_services
+from mesh.tls import is_client, peer_services
 
 logger = logging.getLogger(__name__)
 
@@ -20,12 +20,16 @@ _OUTSIDE = frozenset({"edge", "tool"})
 
 
 class PeerInterceptor(AsyncServerInterceptor):
-    """Lets in who has a right certificate. For servers on TLS, all of whose peers have one."""
+    """Lets in who has a right certificate, and clients of a public address where tools are. For servers on TLS."""
 
     async def intercept(
         self, method: Handler, request: Any, context: grpc.aio.ServicerContext[Any, Any], method_name: str
     ) -> Any:
         """Passes the call on, if its caller may make it. Raises PlatformError(PERMISSION_DENIED)."""
+        if is_client(context):
+            if not method_name.startswith("/aiaas.") or "tool" not in callers_of(method_name):
+                raise PlatformError(Reason.PERMISSION_DENIED, description="This call is not for clients.")
+            return await proceed(method, request, context)
         if not method_name.startswith("/aiaas."):
             # gRPC's own services: without health a channel could not learn why its calls are refused.
             return await proceed(method, request, context)

@@ -82,6 +82,8 @@ def test_whatever_is_chosen_is_valid_kubernetes(values: dict[str, Any], tmp_path
         ({"tls": {"mode": "secrets"}}, "secrets"),
         ({"analytics": {"exports": {"enabled": True}}}, "url"),
         ({"publicPaths": ["/metrics"]}, "publicPaths"),
+        ({"trustedProxies": ["10.0.0.1"]}, "trustedProxies"),
+        ({"tls": {"mode": "mesh"}, "ingress": {"grpc": {"enabled": True}}}, "tls.mode"),
         ({"network": {"peers": {"postgres": {"at": []}}}}, "postgres"),
         ({"network": {"peers": {"postgres": {"at": [{}]}}}}, "postgres"),
         ({"engines": {"x": {"model": "x"}}}, "engines"),
@@ -294,6 +296,23 @@ def test_the_world_reaches_the_edge_alone_and_not_its_metrics(kind: str, everyth
     assert services == {"aiaas-edge"}
     assert not {"/", "/metrics", "/health", "/ready"} & paths
     assert {"/v1", "/admin", "/analytics", "/oauth2", "/.well-known", "/scim"} <= paths
+    assert {"/sign-in", "/sign-out", "/account", "/recover", "/invites"} <= paths
+
+
+def test_grpc_of_clients_reaches_public_ports_alone(everything: list[Manifest], tmp_path: Path) -> None:
+    (rule,) = one(everything, "Ingress", "aiaas-grpc")["spec"]["rules"]
+    backends = {path["path"]: path["backend"]["service"] for path in rule["http"]["paths"]}
+    for service in ("identity", "router", "analytics"):
+        backend = backends.pop(f"/aiaas.{service}.v1.")
+        assert backend == {"name": f"aiaas-{service}", "port": {"name": "grpc-public"}}
+        (port,) = [
+            p for p in one(everything, "Service", backend["name"])["spec"]["ports"] if p["name"] == "grpc-public"
+        ]
+        kind = "StatefulSet" if service == "router" else "Deployment"
+        environment = plain_environment(pod_specs(everything)[f"{kind}/aiaas-{service}"])
+        assert environment[f"AIAAS_{service.upper()}_PUBLIC_GRPC_ADDRESS"] == f"0.0.0.0:{port['port']}"
+    assert not backends
+    assert "grpc-public" not in json.dumps(render({}, tmp_path))
 
 
 def test_ingress_passes_streams_and_whole_bodies_and_never_asks_twice(everything: list[Manifest]) -> None:

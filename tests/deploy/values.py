@@ -31,6 +31,7 @@ EVERYTHING: dict[str, Any] = {
     "registration": {"existingSecret": "platform-key"},
     "monitoring": {"serviceMonitors": True, "dashboards": True, "rules": True},
     "gateway": {"enabled": True},
+    "ingress": {"grpc": {"enabled": True}},
     "backup": {"enabled": True},
     "tracing": {"endpoint": "http://collector.monitoring:4317"},
     "analytics": {"exports": {"enabled": True, "url": "https://storage.example.com"}},

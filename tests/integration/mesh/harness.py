@@ -86,7 +86,7 @@ class Servicer(
 def server(address: str, answers: Mapping[str, Answer] | None = None, **options: Any) -> GrpcServer:
     """A server that is not started yet; `options` go to `chain` and to `GrpcServer`."""
     servicer: Any = Servicer(answers or {})  # type: ignore[abstract]  # what it lacks is unimplemented
-    chained = {name: options.pop(name) for name in ("traced", "stream_timeout_s") if name in options}
+    chained = {name: options.pop(name) for name in ("traced", "stream_timeout_s", "trusted_proxies") if name in options}
     return GrpcServer(
         address,
         [

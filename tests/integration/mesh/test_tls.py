@@ -15,11 +15,14 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
+from grpc_health.v1.health_pb2 import HealthCheckRequest
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from aiaas.router.v1.inference_service_pb2 import InferResponse
-from aiaas.router.v1.model_service_pb2 import GetModelResponse
+from aiaas.router.v1.model_service_pb2 import GetModelRequest, GetModelResponse
 from aiaas.type.v1 import options_pb2
 from deploy.local.certificates import Authority
+from mesh import context as call
 from mesh.auth import policy_of
 from mesh.channel import connect
 from mesh.errors import Reason, from_rpc_error
@@ -29,7 +32,7 @@ from mesh.tls import Tls
 from tests.contract.test_contracts import METHODS
 from tests.doubles.peer import PeerDouble
 from tests.integration.mesh.certificates import Files, started, tls_of
-from tests.integration.mesh.harness import EOF, INFERENCE, MODELS, Client, error_of, server, until
+from tests.integration.mesh.harness import EOF, INFERENCE, MODELS, Client, bearer, error_of, server, until
 
 OVER = datetime.timedelta(days=-1)
 SERVICES = ("identity", "router", "analytics", "edge", "tool")
@@ -136,6 +139,67 @@ async def test_caller_who_shows_no_certificate_is_not_served(world: World) -> No
     ):
         assert (await error_of(Client(channel).get_model(timeout=3))).reason is Reason.UNAVAILABLE
     assert world.serials == []
+
+
+async def test_public_address_takes_clients_where_it_takes_tools_and_services_nowhere_else(world: World) -> None:
+    public = f"unix:{world.folder}/p"
+    everything = PeerDouble(f"unix:{world.folder}/unused")
+    whole = GrpcServer(
+        world.address,
+        [(MODELS, lambda handler, into: into.add_generic_rpc_handlers([handler]), everything)],
+        [ErrorsInterceptor()],
+        drain_s=0.1,
+        tls=world.tls("router"),
+        public_address=public,
+    )
+    ca = world.authority.certificate.encode()
+    options = [("grpc.ssl_target_name_override", "router.aiaas.internal")]
+    router = world.authority.issue("router")
+    stranger = grpc.ssl_channel_credentials(ca)
+    # A certificate that nobody asks for changes nothing.
+    service = grpc.ssl_channel_credentials(ca, router[1].encode(), router[0].encode())
+    async with started(whole):
+        for credentials in (stranger, service):
+            async with grpc.aio.secure_channel(public, credentials, options=options) as channel:
+                let_in = {method.full_name for method in METHODS if await is_let_in(channel, method)}
+                assert let_in == {method.full_name for method in METHODS if "tool" in declared(method)}
+                health = HealthStub(channel).Check(HealthCheckRequest(), timeout=5)
+                assert (await error_of(health)).reason is Reason.PERMISSION_DENIED
+
+
+@pytest.mark.parametrize(
+    ("name", "address"),
+    [("a client", "192.0.2.1"), ("tool", "10.0.0.1"), ("edge", "198.51.100.7"), ("plain text", "198.51.100.7")],
+)
+async def test_client_address_is_the_callers_to_say_by_who_it_is(
+    world: World, name: str, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mesh.interceptors.origin._peer", lambda _: "10.0.0.1")
+    public = f"unix:{world.folder}/p"
+    seen: list[str] = []
+
+    async def get_model(*_: Any) -> Message:
+        seen.append(call.client_address.get())
+        return GetModelResponse()
+
+    routing = server(
+        world.address,
+        {"GetModel": get_model},
+        tls=None if name == "plain text" else world.tls("router"),
+        public_address=public,
+        trusted_proxies=("10.0.0.0/8",),
+        drain_s=0.1,
+    )
+    told = (("x-client-address", "198.51.100.7"), ("x-forwarded-for", "203.0.113.5"), ("x-forwarded-for", "192.0.2.1"))
+    if name == "a client":
+        credentials = grpc.ssl_channel_credentials(world.authority.certificate.encode())
+        options = [("grpc.ssl_target_name_override", "router.aiaas.internal")]
+        channel = grpc.aio.secure_channel(public, credentials, options=options)
+    else:
+        channel = connect(world.address, MODELS, INFERENCE, tls=None if name == "plain text" else world.tls(name))
+    async with started(routing), channel:
+        await Client(channel).models.GetModel(GetModelRequest(), metadata=(*bearer("developer"), *told), timeout=5)
+    assert seen == [address]
 
 
 @pytest.mark.parametrize("case", ["wrong authority", "signed by itself", "expired", "another service", "plain text"])

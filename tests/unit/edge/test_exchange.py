@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ def exchange(
     headers: Iterable[tuple[bytes, bytes]] = (),
     messages: Iterable[dict[str, Any]] = (),
     connection: ConnectionDouble | None = None,
+    limits: Limits = LIMITS,
 ) -> Exchange:
     """An exchange whose body comes as these messages, after which nothing comes."""
     coming = iter(messages)
@@ -34,7 +36,7 @@ def exchange(
     scope: dict[str, Any] = {"type": "http", "method": "POST", "path": "/", "headers": list(headers)}
     if connection is not None:
         scope["extensions"] = {CONNECTION: connection}
-    return Exchange(scope, receive, send, LIMITS, lambda elapsed_s: [])
+    return Exchange(scope, receive, send, limits, lambda elapsed_s: [])
 
 
 def part(body: bytes, *, more: bool = False) -> dict[str, Any]:
@@ -46,6 +48,19 @@ def test_first_of_several_headers_counts() -> None:
     assert made.request_id == "one"
     assert made.header(b"x") == "y"
     assert made.header(b"absent") is None
+
+
+def test_client_is_who_trusted_proxies_say_in_all_their_headers() -> None:
+    headers = [(b"x-forwarded-for", b"198.51.100.7"), (b"x", b"y"), (b"x-forwarded-for", b"192.0.2.1")]
+    trusting = replace(LIMITS, trusted_proxies=("10.0.0.0/8",))
+    for limits, told, client in (
+        (trusting, headers, "192.0.2.1"),
+        (trusting, [], "10.0.0.1"),
+        (LIMITS, headers, "10.0.0.1"),
+    ):
+        made = exchange(told, limits=limits)
+        made.scope["client"] = ("10.0.0.1", 1)
+        assert made.client_address == client
 
 
 @pytest.mark.parametrize("credential", [tokens.API_KEY, tokens.SESSION, tokens.ACCESS_TOKEN])

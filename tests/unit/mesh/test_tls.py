@@ -91,6 +91,16 @@ def test_address_beyond_this_machine_wants_certificates_or_a_word(cls: Any, vari
     assert not load(cls, far | {"AIAAS_TLS": "off"}).tls.is_on
 
 
+@pytest.mark.parametrize("service", [IdentityConfig, RouterConfig, AnalyticsConfig])
+def test_public_address_wants_certificates(service: Any) -> None:
+    variable = f"AIAAS_{service.__name__.removesuffix('Config').upper()}_PUBLIC_GRPC_ADDRESS"
+    told = TOLD[service] | {variable: "127.0.0.1:1"}
+    for off in ({}, {"AIAAS_TLS": "off"}):
+        with pytest.raises(ConfigError, match=f"{variable} wants certificates"):
+            load(service, told | off)
+    assert load(service, told | PATHS).public_grpc_address == "127.0.0.1:1"
+
+
 @pytest.mark.parametrize(
     ("target", "local"),
     [

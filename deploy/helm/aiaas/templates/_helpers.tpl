@@ -93,6 +93,9 @@ imagePullSecrets:
 - {name: AIAAS_TLS_KEY_PATH, value: /etc/aiaas/tls/tls.key}
 - {name: AIAAS_TLS_CA_PATH, value: /etc/aiaas/tls/ca.crt}
 {{- end }}
+{{- with $root.Values.trustedProxies }}
+- {name: AIAAS_TRUSTED_PROXIES, value: {{ join "," . | quote }}}
+{{- end }}
 {{- range $variable, $value := $own.settings }}
 - {name: {{ $variable }}, value: {{ $value | toString | quote }}}
 {{- end }}
@@ -107,6 +110,9 @@ imagePullSecrets:
 {{- end }}
 - {name: AIAAS_IDENTITY_PUBLIC_URL, value: {{ .publicUrl | quote }}}
 - {name: AIAAS_IDENTITY_GRPC_ADDRESS, value: "0.0.0.0:7001"}
+{{- if $.Values.ingress.grpc.enabled }}
+- {name: AIAAS_IDENTITY_PUBLIC_GRPC_ADDRESS, value: "0.0.0.0:7021"}
+{{- end }}
 - {name: AIAAS_IDENTITY_OPS_ADDRESS, value: "0.0.0.0:7011"}
 - {name: AIAAS_IDENTITY_DRAIN_S, value: {{ .drainSeconds | quote }}}
 {{- if .configurationConfigMap }}
@@ -123,6 +129,9 @@ imagePullSecrets:
 - {name: AIAAS_ROUTER_JOURNAL_PATH, value: /var/lib/aiaas/journal}
 - {name: AIAAS_ROUTER_JOURNAL_LIMIT_BYTES, value: {{ .journal.limitBytes | int64 | quote }}}
 - {name: AIAAS_ROUTER_GRPC_ADDRESS, value: "0.0.0.0:7003"}
+{{- if $.Values.ingress.grpc.enabled }}
+- {name: AIAAS_ROUTER_PUBLIC_GRPC_ADDRESS, value: "0.0.0.0:7023"}
+{{- end }}
 - {name: AIAAS_ROUTER_OPS_ADDRESS, value: "0.0.0.0:7013"}
 - {name: AIAAS_ROUTER_DRAIN_S, value: {{ .drainSeconds | quote }}}
 {{- end }}
@@ -147,6 +156,9 @@ imagePullSecrets:
 - {name: AIAAS_ANALYTICS_IDENTITY_TARGET, value: {{ include "aiaas.target" (list $ "identity" 7001) | quote }}}
 - {name: AIAAS_ANALYTICS_ROUTER_TARGET, value: {{ include "aiaas.target" (list $ "router" 7003) | quote }}}
 - {name: AIAAS_ANALYTICS_GRPC_ADDRESS, value: "0.0.0.0:7005"}
+{{- if $.Values.ingress.grpc.enabled }}
+- {name: AIAAS_ANALYTICS_PUBLIC_GRPC_ADDRESS, value: "0.0.0.0:7025"}
+{{- end }}
 - {name: AIAAS_ANALYTICS_OPS_ADDRESS, value: "0.0.0.0:7015"}
 - {name: AIAAS_ANALYTICS_DRAIN_S, value: {{ .drainSeconds | quote }}}
 {{- end }}
@@ -174,7 +186,7 @@ imagePullSecrets:
 {{- end -}}
 {{- end }}
 
-{{/* The pod of a service: (dict "root" . "service" "router" "grpc" 7003 "ops" 7013). The ops port answers probes. */}}
+{{/* The pod of a service: (dict "root" . "service" "router" "grpc" 7003 "ops" 7013 "public" 7023). Ops answers probes. */}}
 {{- define "aiaas.pod" -}}
 {{- $root := .root -}}
 {{- $service := .service -}}
@@ -229,6 +241,9 @@ spec:
       ports:
         {{- if .grpc }}
         - {name: grpc, containerPort: {{ .grpc }}}
+        {{- if $root.Values.ingress.grpc.enabled }}
+        - {name: grpc-public, containerPort: {{ .public }}}
+        {{- end }}
         {{- end }}
         - {name: {{ if .grpc }}ops{{ else }}http{{ end }}, containerPort: {{ .ops }}}
       startupProbe:

@@ -38,7 +38,9 @@ class InferRequest(_message.Message):
     idempotency_key: _builtins.str
     """The client's Idempotency-Key header; empty when there was none."""
     client_address: _builtins.str
-    """The client's network address, for keys that are bound to networks."""
+    """The client's network address, for keys that are bound to networks. It counts within a relay, and on a unix socket:
+    elsewhere it is where the call comes from.
+    """
     def __init__(
         self,
         *,

@@ -49,7 +49,8 @@ export type InferRequest = Message<"aiaas.router.v1.InferRequest"> & {
   idempotencyKey: string;
 
   /**
-   * The client's network address, for keys that are bound to networks.
+   * The client's network address, for keys that are bound to networks. It counts within a relay, and on a unix socket:
+   * elsewhere it is where the call comes from.
    *
    * @generated from field: string client_address = 4;
    */
