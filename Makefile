@@ -1,6 +1,6 @@
 # Everything a person or CI runs. `make up` and `make test` need nothing installed before.
 .DEFAULT_GOAL := help
-.PHONY: help up test test-one-process test-go test-vllm vllm check generate docs lock bench bench-guard bench-engine bench-identity bench-revocations bench-exports bench-usage bench-analytics bench-cli soak money money-switches sbom
+.PHONY: help up test test-one-process test-go test-vllm vllm check generate docs lock bench bench-guard bench-engine bench-identity bench-revocations bench-exports bench-usage bench-analytics bench-cli bench-dashboards soak money money-switches sbom
 
 PYTHON := .venv/bin/python
 BIN := .venv/bin
@@ -62,6 +62,10 @@ bench-engine: ## What we add to real vLLM (AIAAS_VLLM_PYTHON=... where it is ins
 bench-cli: ## How long `aiaas --help` takes (RUNS=20); fails above 300 ms
 	@deploy/local/bootstrap.sh up
 	@$(PYTHON) -m tests.load.command_line
+
+bench-dashboards: ## Every panel of every dashboard under a mixed load, as a table and as pictures (DURATION_S=300)
+	@deploy/local/bootstrap.sh test
+	@$(PYTHON) -m tests.load.dashboards
 
 soak: ## 1,000 streams for ten minutes (DURATION_S=600), slow readers among them, then a router that is killed
 	@deploy/local/bootstrap.sh up

@@ -26,29 +26,31 @@ _LABELS = ("model_name", "engine")
 
 
 class EngineMetrics:
-    """The metrics of one engine with one model."""
+    """The metrics of one engine with one model, each by its name without `vllm:`."""
 
     def __init__(self, model: str) -> None:
         self.registry = CollectorRegistry()
-        self._values: list[Gauge | Counter | Histogram] = []
-        kinds: tuple[tuple[type[Gauge | Counter | Histogram], tuple[str, ...]], ...] = (
-            (Gauge, GAUGES),
-            (Counter, COUNTERS),
-            (Histogram, HISTOGRAMS),
-        )
-        for kind, names in kinds:
-            for name in names:
-                self._values.append(kind(f"vllm:{name}", name, _LABELS, registry=self.registry).labels(model, "0"))
+        registry = self.registry
+        self.gauges = {
+            name: Gauge(f"vllm:{name}", name, _LABELS, registry=registry).labels(model, "0") for name in GAUGES
+        }
+        self.counters = {
+            name: Counter(f"vllm:{name}", name, _LABELS, registry=registry).labels(model, "0") for name in COUNTERS
+        }
+        self.histograms = {
+            name: Histogram(f"vllm:{name}", name, _LABELS, registry=registry).labels(model, "0") for name in HISTOGRAMS
+        }
         finished = Counter("vllm:request_success", "Finished.", (*_LABELS, "finished_reason"), registry=self.registry)
-        self._values.append(finished.labels(model, "0", "stop"))
+        self.finished = {reason: finished.labels(model, "0", reason) for reason in ("stop", "length", "abort")}
 
     def work(self) -> None:
         """One more request."""
-        for value in self._values:
-            if isinstance(value, Histogram):
-                value.observe(0.1)
-            else:
-                value.inc()
+        for histogram in self.histograms.values():
+            histogram.observe(0.1)
+        for gauge in self.gauges.values():
+            gauge.inc()
+        for counter in (*self.counters.values(), self.finished["stop"]):
+            counter.inc()
 
 
 def names() -> set[str]:

@@ -44,7 +44,11 @@ class TcpGate:
         assert task is not None
         self._relays.add(task)
         task.add_done_callback(self._relays.discard)
-        to_reader, to_writer = await asyncio.open_connection(*self._target)
+        try:
+            to_reader, to_writer = await asyncio.open_connection(*self._target)
+        except OSError:
+            writer.close()
+            return
         both = {writer, to_writer}
         self._writers |= both
         try:

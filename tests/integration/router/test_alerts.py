@@ -10,24 +10,12 @@ from urllib.parse import urlsplit
 from deploy.local.ports import free_port
 from router.config import RouterConfig
 from tests.doubles.peer import PeerDouble
-from tests.doubles.prometheus import RULES, Prometheus, watching
+from tests.doubles.prometheus import Prometheus, impatient, watching
 from tests.doubles.scripted_backend import ScriptedBackend, chat_stream
 from tests.doubles.tcp_gate import TcpGate
 from tests.integration.router.conftest import PRINCIPAL, Router, until
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
-
-
-def impatient(folder: Path) -> list[Path]:
-    """The rules, with seconds where they have minutes."""
-    made = []
-    for path in RULES:
-        made.append(folder / path.name)
-        text = path.read_text()
-        for minutes in (1, 2, 3, 5, 10, 15):
-            text = text.replace(f"for: {minutes}m", "for: 1s")
-        made[-1].write_text(text.replace("age_seconds > 300", "age_seconds > 2"))
-    return made
 
 
 async def test_alerts_fire_when_backends_the_broker_and_the_router_are_away_and_end_when_they_are_back(
