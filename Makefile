@@ -1,6 +1,6 @@
 # Everything a person or CI runs. `make up` and `make test` need nothing installed before.
 .DEFAULT_GOAL := help
-.PHONY: help up test test-one-process test-go test-vllm vllm check generate docs lock bench bench-guard bench-engine bench-identity bench-revocations bench-exports bench-usage bench-analytics bench-cli bench-dashboards soak money money-switches sbom
+.PHONY: help up test test-one-process test-go test-vllm vllm check generate docs lock bench bench-guard bench-engine bench-identity bench-revocations bench-exports bench-analytics bench-cli bench-dashboards soak money money-switches sbom
 
 PYTHON := .venv/bin/python
 BIN := .venv/bin
@@ -83,13 +83,9 @@ bench-exports: ## A month of one organization as CSV and Parquet (ROWS=1000000)
 	@deploy/local/bootstrap.sh up
 	@$(PYTHON) -m tests.load.exports
 
-bench-usage: ## What counting an event costs beside COPY, and how long questions about five million sums take (EVENTS=100000, RUNS=40)
+bench-analytics: ## What counting an event costs beside COPY (EVENTS=100000), 3,000/s and a burst (DURATION_S=600), questions and an export over 13 months (ROWS=5000000)
 	@deploy/local/bootstrap.sh up
 	@$(PYTHON) -m tests.load.ingestion
-	@$(PYTHON) -m tests.load.sums
-
-bench-analytics: ## 3,000 usage events/s, then five times that (DURATION_S=600); questions over 13 months (ROWS=50000000)
-	@deploy/local/bootstrap.sh up
 	@$(PYTHON) -m tests.load.analytics
 	@$(PYTHON) -m tests.load.analytics load
 

@@ -46,7 +46,7 @@ class AnalyticsConfig:
     batch_size: Annotated[int, msgspec.Meta(ge=1, le=5000)] = setting(
         "AIAAS_ANALYTICS_BATCH_SIZE",
         "events that one transaction takes at most; more need more memory, fewer take longer",
-        default=500,
+        default=5000,
     )
     events_kept_days: Annotated[int, msgspec.Meta(ge=3)] = setting(
         "AIAAS_ANALYTICS_EVENTS_KEPT_DAYS",

@@ -41,7 +41,7 @@ _OUTCOMES = frozenset(Outcome.values()) - {Outcome.OUTCOME_UNSPECIFIED}
 # Looked up in the enum, these take a tenth of the time that an event takes.
 _REFUSED = Outcome.OUTCOME_REFUSED
 _NO_ENDPOINT = Endpoint.ENDPOINT_UNSPECIFIED
-_REASON = re.compile(r"[a-z0-9_]{0,64}")
+_REASON = re.compile(r"[a-z0-9_]{1,64}")
 # What is no stable reason must not make a row of the sums for each of its texts.
 _OTHER_REASON = "other"
 
@@ -107,38 +107,37 @@ def read_event(body: bytes, now: datetime, age: timedelta = AGE) -> Event:
         raise UnacceptableEvent("event is no UsageEvent") from None
     if message.schema_version != SCHEMA_VERSION:
         raise UnacceptableEvent("schema_version is unknown")
-    refused = message.outcome == _REFUSED
-    usage = message.usage
-    parts = cost_parts(message.price, usage, message.cost_micros)
+    outcome, usage, cost_micros = message.outcome, message.usage, message.cost_micros
+    prompt_tokens, completion_tokens = usage.prompt_tokens, usage.completion_tokens
+    reason, refused = message.reason, outcome == _REFUSED
+    # By position: names would take a twelfth of the time that all of this takes.
     event = Event(
-        request_id=_text(message.request_id, "request_id", required=True),
-        admit_time=_admit_time(message, now, age),
-        organization_id=_text(message.organization_id, "organization_id", required=True),
-        api_key_id=_text(message.api_key_id, "api_key_id"),
-        user_id=_text(message.user_id, "user_id"),
-        service_account_id=_text(message.service_account_id, "service_account_id"),
+        _text(message.request_id, "request_id", required=True),
+        _admit_time(message, now, age),
+        _text(message.organization_id, "organization_id", required=True),
+        _text(message.api_key_id, "api_key_id"),
+        _text(message.user_id, "user_id"),
+        _text(message.service_account_id, "service_account_id"),
         # A request can be refused because its model or endpoint is none.
-        model=_text(message.model, "model", required=not refused),
-        backend_id=_text(message.backend_id, "backend_id"),
-        endpoint=message.endpoint,
-        outcome=message.outcome,
-        prompt_tokens=_amount(usage.prompt_tokens, TOKENS, "prompt_tokens"),
-        cached_prompt_tokens=_amount(usage.cached_prompt_tokens, usage.prompt_tokens, "cached_prompt_tokens"),
-        completion_tokens=_amount(usage.completion_tokens, TOKENS, "completion_tokens"),
-        cost_micros=_amount(message.cost_micros, COST_MICROS, "cost_micros"),
-        body=body,
-        reason=message.reason if _REASON.fullmatch(message.reason) else _OTHER_REASON,
-        prompt_cost_micros=parts[0],
-        cached_prompt_cost_micros=parts[1],
-        completion_cost_micros=parts[2],
-        latency_micros=0 if refused else max(message.duration_micros, 0),
-        ttft_micros=max(message.ttft_micros, 0) if message.streamed and not refused else 0,
+        _text(message.model, "model", required=not refused),
+        _text(message.backend_id, "backend_id"),
+        message.endpoint,
+        outcome,
+        _amount(prompt_tokens, TOKENS, "prompt_tokens"),
+        _amount(usage.cached_prompt_tokens, prompt_tokens, "cached_prompt_tokens"),
+        _amount(completion_tokens, TOKENS, "completion_tokens"),
+        _amount(cost_micros, COST_MICROS, "cost_micros"),
+        body,
+        reason if not reason or _REASON.fullmatch(reason) else _OTHER_REASON,
+        *cost_parts(message.price, usage, cost_micros),
+        0 if refused else max(message.duration_micros, 0),
+        max(message.ttft_micros, 0) if message.streamed and not refused else 0,
     )
-    if event.outcome not in _OUTCOMES:
+    if outcome not in _OUTCOMES:
         raise UnacceptableEvent("outcome is unknown")
     if not (0 <= event.endpoint < 2**15) or (event.endpoint == _NO_ENDPOINT and not refused):
         raise UnacceptableEvent("endpoint is unknown")
-    if refused and (event.prompt_tokens or event.completion_tokens or event.cost_micros):
+    if refused and (prompt_tokens or completion_tokens or cost_micros):
         raise UnacceptableEvent("a refused request bills something")
     return event
 
@@ -162,7 +161,10 @@ def _admit_time(message: UsageEvent, now: datetime, age: timedelta) -> datetime:
     if not message.HasField("admit_time"):
         raise UnacceptableEvent("admit_time is missing")
     seconds, nanos = message.admit_time.seconds, message.admit_time.nanos
-    earliest, latest = (now - age).timestamp(), (now + AHEAD).timestamp()
-    if not (earliest <= seconds <= latest and 0 <= nanos < 1_000_000_000):
+    try:
+        moment = _EPOCH + timedelta(0, seconds, nanos // 1000)
+    except OverflowError:
+        raise UnacceptableEvent("admit_time is absurd") from None
+    if not (now - age <= moment <= now + AHEAD and 0 <= nanos < 1_000_000_000):
         raise UnacceptableEvent("admit_time is absurd")
-    return _EPOCH + timedelta(seconds=seconds, microseconds=nanos // 1000)
+    return moment

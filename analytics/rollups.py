@@ -6,8 +6,8 @@ or in which order events are summed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from datetime import datetime
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from analytics.events import Event
@@ -40,6 +40,8 @@ SUMS = (
 SKETCHES = ("latency", "ttft")
 """The columns that are histograms."""
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
 
 def hour_of(moment: datetime) -> datetime:
     """The beginning of the hour of a moment in UTC."""
@@ -52,28 +54,23 @@ def day_of(moment: datetime) -> datetime:
 
 
 class Rollup:
-    """Sums over events by `period`, which gives the beginning of the hour or day of a moment."""
+    """Sums over events by `period`, an hour or a day of UTC."""
 
-    def __init__(self, period: Callable[[datetime], datetime]) -> None:
+    def __init__(self, period: timedelta) -> None:
         self._period = period
         self._sums: dict[tuple[Any, ...], tuple[list[int], dict[int, int], dict[int, int]]] = {}
 
     def add(self, events: Iterable[Event]) -> None:
         """Add events, each of which must not have been added before."""
         period, sums = self._period, self._sums
+        start = end = _EPOCH
         for event in events:
-            key = (
-                event.organization_id,
-                period(event.admit_time),
-                event.api_key_id,
-                event.user_id,
-                event.service_account_id,
-                event.model,
-                event.backend_id,
-                event.endpoint,
-                event.outcome,
-                event.reason,
-            )
+            moment = event.admit_time
+            # Most events are of the period of the one before.
+            if not start <= moment < end:
+                start = moment - (moment - _EPOCH) % period
+                end = start + period
+            key = (event.organization_id, start, *event[3:10], event.reason)
             found = sums.get(key)
             if found is None:
                 found = sums[key] = ([0] * len(SUMS), {}, {})
@@ -94,12 +91,10 @@ class Rollup:
                 ttft[bucket] = ttft.get(bucket, 0) + 1
 
     def rows(self) -> list[tuple[Any, ...]]:
-        """The sums in the order of their keys: organization, period, KEYS, SUMS, SKETCHES as text of an array."""
-        return [
-            (*key, *totals, _array(latency), _array(ttft))
-            for key, (totals, latency, ttft) in sorted(self._sums.items())
-        ]
-
-
-def _array(counts: dict[int, int]) -> str:
-    return f"{{{','.join(map(str, cells_of(counts)))}}}" if counts else "{}"
+        """The sums in the order of their keys: organization, start of the period, KEYS, SUMS, SKETCHES."""
+        sums = self._sums
+        rows = []
+        for key in sorted(sums):
+            totals, latency, ttft = sums[key]
+            rows.append((*key, *totals, cells_of(latency), cells_of(ttft)))
+        return rows

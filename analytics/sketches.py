@@ -5,7 +5,8 @@ others, arXiv 1908.10693). Counts are exact, and two histograms are merged by ad
 or in another order, the result is the same. A minute and a microsecond are 900 buckets apart, so there is no need to
 limit their number.
 
-A cell is one bucket and its count in one number, by which it is stored and sorted.
+A cell is one bucket and its count in one number. A stored histogram is cells in any order, and may hold several of one
+bucket: to lay one histogram behind the other is the cheapest way to add them. Whoever reads one adds its cells up.
 """
 
 from __future__ import annotations

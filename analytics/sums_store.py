@@ -95,11 +95,13 @@ class SumsStore:
         """Buckets as those of usage, the totals over all, and over the time `before` if that is given; all of one
         moment."""
         async with self._database.transaction() as connection:
-            await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-            buckets = await _reliability(connection, query)
-            totals = await _reliability(connection, query.as_whole)
-            previous = await _reliability(connection, before) if before else None
-        return buckets, _whole(totals), None if previous is None else _whole(previous)
+            # PostgreSQL expects two rows where there are thousands, and would compare each with each.
+            await connection.execute(
+                "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY; SET LOCAL enable_nestloop = off"
+            )
+            totals, buckets = await _reliability(connection, query)
+            previous = (await _reliability(connection, before))[0] if before else None
+        return buckets, totals, previous
 
     async def _sums(self, query: UsageQuery, sums: str, kind: type[T]) -> tuple[list[Bucket[T]], T]:
         question = _Question(query)
@@ -146,76 +148,91 @@ class _Question:
         return f"SELECT * FROM {rows} WHERE ({self.place}) > ({start}) ORDER BY {self.place} LIMIT {limit}"  # noqa: S608
 
 
-async def _reliability(connection: Connection, query: UsageQuery) -> list[Bucket[ReliabilityTotals]]:
+async def _reliability(
+    connection: Connection, query: UsageQuery
+) -> tuple[ReliabilityTotals, list[Bucket[ReliabilityTotals]]]:
+    """The totals over all, and the page. Places are numbered, since what is counted by numbers is counted fast: 0 is
+    what lies beyond the page, and in the end all of it."""
     question = _Question(query)
     place = question.place
-    sketches = ", ".join(_percentiles(name, place) for name in SKETCHES)
     # Made of constants of this file; values are parameters.
     sql = f"""
         WITH sums AS MATERIALIZED (
             SELECT {question.places}, outcome, reason, requests, latency, ttft FROM {question.source}
-        ), buckets AS (
+        ), buckets AS MATERIALIZED (
             SELECT {place}, {_ADMITTED}, {_FAILED} FROM sums GROUP BY {place}
-        ), page AS (
-            {question.paged("buckets")}
-        ), ends AS (
-            SELECT {place}, outcome, reason, sum(sums.requests)::bigint AS requests
-            FROM sums JOIN page USING ({place}) GROUP BY {place}, outcome, reason
-        ), outcomes AS (
-            SELECT {place}, array_agg((outcome, reason, requests) ORDER BY outcome, reason) AS outcomes
-            FROM ends GROUP BY {place}
-        ), {sketches}
-        SELECT {place}, page.requests, failed, outcomes,
+        ), page AS MATERIALIZED (
+            SELECT row_number() OVER (ORDER BY {place}) AS number, * FROM ({question.paged("buckets")}) AS found
+        ), numbered AS MATERIALIZED (
+            SELECT coalesce(number, 0) AS number, outcome, reason, sums.requests, latency, ttft
+            FROM sums LEFT JOIN page USING ({place})
+        ), {_with_all("ends", "outcome, reason", "numbered")}, outcomes AS (
+            SELECT number, array_agg((outcome, reason, requests) ORDER BY outcome, reason) AS outcomes
+            FROM ends GROUP BY number
+        ), {", ".join(map(_percentiles, SKETCHES))}, answer AS (
+            SELECT * FROM page
+            UNION ALL
+            SELECT 0, 0{", ''" * len(question.groups)}, sum(requests)::bigint, sum(failed)::bigint FROM buckets
+        )
+        SELECT {place}, answer.requests, failed, outcomes,
             {", ".join(f"{name}.buckets, {name}.samples" for name in SKETCHES)}
-        FROM page JOIN outcomes USING ({place})
-        {" ".join(f"LEFT JOIN {name} USING ({place})" for name in SKETCHES)}
-        ORDER BY {place}
+        FROM answer {" ".join(f"LEFT JOIN {name} USING (number)" for name in ("outcomes", *SKETCHES))}
+        ORDER BY number
     """  # noqa: S608
     width = 1 + len(question.groups)
-    return [
-        Bucket(BucketPlace(row[0], tuple(row[1:width])), _totals(*row[width:]))
-        for row in await connection.fetch(sql, *question.where.parameters)
+    totals, *rows = await connection.fetch(sql, *question.where.parameters)
+    return _totals(*totals[width:]), [
+        Bucket(BucketPlace(row[0], tuple(row[1:width])), _totals(*row[width:])) for row in rows
     ]
 
 
-def _percentiles(name: str, place: str) -> str:
-    """Common table expressions of which the last, `name`, has the buckets of the QUANTILES in each place of a page."""
-    ranks = ", ".join(f"min(cell) FILTER (WHERE upto > {quantile} * (samples - 1))" for quantile in QUANTILES)
+def _with_all(name: str, columns: str, rows: str) -> str:
+    """A common table expression of the requests by number and columns, those of all numbers together under 0."""
     return f"""
-        {name}_cells AS (
-            SELECT {place}, cell >> {COUNT_BITS} AS cell, sum(cell & {COUNT_MASK}) AS requests
-            FROM sums JOIN page USING ({place}), unnest({name}) AS cells (cell) GROUP BY {place}, cell >> {COUNT_BITS}
-        ), {name}_ranks AS (
-            SELECT {place}, cell, sum(requests) OVER (PARTITION BY {place} ORDER BY cell) AS upto,
-                sum(requests) OVER (PARTITION BY {place}) AS samples
+        {name}_by_number AS MATERIALIZED (
+            SELECT number, {columns}, sum(requests)::bigint AS requests FROM {rows} GROUP BY number, {columns}
+        ), {name} AS (
+            SELECT * FROM {name}_by_number WHERE number > 0
+            UNION ALL
+            SELECT 0, {columns}, sum(requests)::bigint FROM {name}_by_number GROUP BY {columns}
+        )
+    """  # noqa: S608
+
+
+def _percentiles(name: str) -> str:
+    """Common table expressions of which the last, `name`, has the buckets of the QUANTILES of each number."""
+    ranks = ", ".join(f"min(cell) FILTER (WHERE upto > {quantile} * (samples - 1))" for quantile in QUANTILES)
+    counted = f"""(
+        SELECT number, cell >> {COUNT_BITS} AS cell, cell & {COUNT_MASK} AS requests
+        FROM (SELECT number, unnest({name}) AS cell FROM numbered) AS unnested
+    ) AS counted"""  # noqa: S608
+    return f"""
+        {_with_all(f"{name}_cells", "cell", counted)}, {name}_ranks AS (
+            SELECT number, cell, sum(requests) OVER (PARTITION BY number ORDER BY cell) AS upto,
+                sum(requests) OVER (PARTITION BY number) AS samples
             FROM {name}_cells
         ), {name} AS (
-            SELECT {place}, ARRAY[{ranks}] AS buckets, max(samples)::bigint AS samples
-            FROM {name}_ranks GROUP BY {place}
+            SELECT number, ARRAY[{ranks}] AS buckets, max(samples)::bigint AS samples FROM {name}_ranks GROUP BY number
         )
     """  # noqa: S608
 
 
 def _totals(
-    requests: int,
-    failed: int,
-    outcomes: list[Any],
+    requests: int | None,
+    failed: int | None,
+    outcomes: list[Any] | None,
     latency: list[int] | None,
     timed: int | None,
     ttft: list[int] | None,
     streamed: int | None,
 ) -> ReliabilityTotals:
     return ReliabilityTotals(
-        requests,
-        failed,
-        tuple(OutcomeCount(*outcome) for outcome in outcomes),
+        requests or 0,
+        failed or 0,
+        tuple(OutcomeCount(*outcome) for outcome in outcomes or ()),
         Percentiles(tuple(latency or ()), timed or 0),
         Percentiles(tuple(ttft or ()), streamed or 0),
     )
-
-
-def _whole(buckets: list[Bucket[ReliabilityTotals]]) -> ReliabilityTotals:
-    return buckets[0].totals if buckets else ReliabilityTotals(0, 0, (), Percentiles((), 0), Percentiles((), 0))
 
 
 def _over_all(kind: type[Totals] | type[SpendTotals]) -> str:

@@ -2,18 +2,21 @@
 
     EVENTS=100000 ORGANIZATIONS=250 python -m tests.load.ingestion
 
-Prints events a CPU second, of this process and all of PostgreSQL together, and events a second. Half of an
-organization's requests are for one of 40 models, the others for any; it has three keys. COPY puts the same rows into a
-table without an index, and neither reads nor sums them.
+Prints events a CPU second, of this process and all of PostgreSQL together, and events a second; once by single messages
+of 500, and once by as many as one transaction takes when messages wait. Half of an organization's requests are for one
+of 40 models, the others for any; it has three keys. COPY puts the same rows into a table without an index, so many at
+once, and neither reads nor sums them. Inserted are rows that are read already, into the table and its indexes, but
+summed nowhere: what is left if reading and summing cost nothing. The broker's part is in `tests.load.analytics`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import cast
@@ -36,7 +39,7 @@ from mesh.migrate import migrate
 from mesh.topology import USAGE
 from tests.doubles.usage_events import usage_batch, usage_event
 
-MESSAGE = 500
+MESSAGE, BATCH = 500, 5000
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 _ID = "0352lP6DQcO8XnfVqfS5y5"
 _PRICE = PriceSnapshot(
@@ -63,27 +66,37 @@ async def measure(events: int, organizations: int) -> None:
             database, clock = Database(url), SystemClock()
             store = UsageStore(database)
             await make_partitions(store, clock)
-            batch_size = int(os.environ.get("BATCH_SIZE", "500"))
-            consumer = Consumer(store, cast(Broker, None), USAGE, clock, batch_size)
+            consumer = Consumer(store, cast(Broker, None), USAGE, clock, BATCH)
             rows = [read_event(event, clock.now())[:_COLUMNS] for body in bodies for event in read_batch(body)]
             connection = await asyncpg.connect(admin)
             await connection.execute("CREATE TABLE plain (LIKE usage_events)")
 
-            async def copy() -> None:
-                for start in range(0, events, MESSAGE):
-                    await connection.copy_records_to_table("plain", records=rows[start : start + MESSAGE])
+            async def copy(size: int, table: str) -> None:
+                for start in range(0, events, size):
+                    await connection.copy_records_to_table(table, records=rows[start : start + size])
 
-            async def count() -> None:
-                for body in bodies:
-                    assert not await consumer.take([body])
+            async def count(size: int) -> None:
+                for start in range(0, len(bodies), size // MESSAGE):
+                    assert not await consumer.take(bodies[start : start + size // MESSAGE])
 
+            # As mesh.process has it.
+            gc.freeze()
+            gc.set_threshold(100_000, 50, 100)
             print(
                 f"| {events:,} events of {organizations} organizations | events/CPU s | events/s | of it PostgreSQL |"
             )
             print("| --- | --- | --- | --- |")
-            for name, work in (("COPY", copy), ("counted", count), ("counted again", count)):
-                await connection.execute("CHECKPOINT")
-                await _report(name, work, events, pid)
+            for size in (MESSAGE, BATCH):
+                for name, work in (
+                    ("COPY", copy(size, "plain")),
+                    ("inserted", copy(size, "usage_events")),
+                    ("counted", count(size)),
+                    ("counted again", count(size)),
+                ):
+                    if name in ("inserted", "counted"):
+                        await connection.execute("TRUNCATE usage_events, usage_hourly")
+                    await connection.execute("CHECKPOINT")
+                    await _report(f"{name}, {size:,} at once", work, events, pid)
             for table in ("usage_events", "usage_hourly", "usage_daily"):
                 size = await connection.fetchval(
                     "SELECT sum(pg_total_relation_size(relid)) FROM pg_partition_tree(to_regclass($1))", table
@@ -131,9 +144,9 @@ def _messages(events: int, organizations: int) -> list[bytes]:
     return messages
 
 
-async def _report(name: str, work: Callable[[], Awaitable[None]], events: int, pid: int) -> None:
+async def _report(name: str, work: Awaitable[None], events: int, pid: int) -> None:
     own, server, began = time.process_time(), _postgres_s(pid), time.monotonic()
-    await work()
+    await work
     seconds = time.monotonic() - began
     own, server = time.process_time() - own, _postgres_s(pid) - server
     print(

@@ -1,8 +1,8 @@
 """The tests of events, sums and questions once more, with events in a hypertable: the same answers on both.
 
 TIMESCALEDB_URL names a real server, whose database of that URL is emptied; else one is started that has TimescaleDB as
-WebAssembly. That takes one connection at a time and no COPY: what needs two connections is left to native partitions,
-and events are inserted as they are where one of them comes twice.
+WebAssembly. That takes one connection at a time, no COPY and no message above 64 KiB: what needs two connections is
+left to native partitions, and events are inserted as they are where one of them comes twice.
 """
 
 import os
