@@ -11,6 +11,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import lru_cache
 from typing import Annotated, Any, TypedDict, Unpack, get_type_hints
 
 from opentelemetry import trace
@@ -232,5 +233,9 @@ def _remote(parent: re.Match[str]) -> trace.Span:
 
 def _clean(value: Any) -> Any:
     if isinstance(value, str):
-        return redact(value)[:_TEXT_LENGTH]
+        return (_redacted(value) if len(value) <= _TEXT_LENGTH else redact(value))[:_TEXT_LENGTH]
     return [_clean(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+# Most texts of spans are names that come again and again, and to redact one costs as much as to begin a span.
+_redacted = lru_cache(maxsize=1024)(redact)

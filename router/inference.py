@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from aiaas.router.v1.routing_policy_service_pb2 import RoutingStrategy
+from aiaas.router.v1.routing_policy_service_pb2 import ROUTING_STRATEGY_PREFIX_AFFINITY
 from aiaas.type.v1 import usage_event_pb2
 from aiaas.type.v1.usage_event_pb2 import TokenUsage, UsageEvent
 from mesh import policies
@@ -388,7 +388,7 @@ class Inference:
         """Try backends until one has answered to the end, or failed where no other can help."""
         routing, snapshot = self._engine.routing, self._engine.registry.snapshot
         routing.admitted(model.model_id, policy)
-        prefix = self._asked.prefix if policy.strategy == RoutingStrategy.ROUTING_STRATEGY_PREFIX_AFFINITY else b""
+        prefix = self._asked.prefix if policy.strategy == ROUTING_STRATEGY_PREFIX_AFFINITY else b""
         tried: list[str] = []
         failure: PlatformError | None = None
         for _ in range(policy.limit_attempts):
@@ -411,7 +411,13 @@ class Inference:
         self._attempt = attempt = self._begin_attempt(served, policy)
         self._record.backend_id = served.backend.backend_id
         try:
-            await self._ask(attempt, model, policy, tried)
+            after_s = self._engine.routing.hedge_after_s(model.model_id, policy, streamed=self._record.streamed)
+            if after_s is None:
+                self._answer = await self._open(attempt, policy)
+            else:
+                attempt = await self._race(attempt, model, policy, tried, after_s)
+            await self._pass_on(attempt.served)
+            attempt.failed = False
             return
         except UpstreamError as error:
             failure = self._failure_of(error, served)
@@ -428,15 +434,6 @@ class Inference:
         self._end_attempt(failure.reason)
         self._watch = None
         raise failure
-
-    async def _ask(self, attempt: Attempt, model: Model, policy: RoutingPolicy, tried: list[str]) -> None:
-        after_s = self._engine.routing.hedge_after_s(model.model_id, policy, streamed=self._record.streamed)
-        if after_s is None:
-            self._answer = await self._open(attempt, policy)
-        else:
-            attempt = await self._race(attempt, model, policy, tried, after_s)
-        await self._pass_on(attempt.served)
-        attempt.failed = False
 
     async def _race(
         self, first: Attempt, model: Model, policy: RoutingPolicy, tried: list[str], after_s: float

@@ -18,7 +18,8 @@ class Recent:
 
     def count(self, now: float) -> None:
         """Count one more."""
-        self.look(now)
+        if int(now) != self._second:
+            self.look(now)
         self._all[self._second % SPAN_S] += 1
         self.all += 1
 

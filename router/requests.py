@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 from msgspec import UNSET, Meta, Raw, UnsetType
 
-from aiaas.router.v1.backend_service_pb2 import EngineKind
+from aiaas.router.v1.backend_service_pb2 import ENGINE_KIND_LLAMACPP, ENGINE_KIND_VLLM
 from aiaas.type.v1.usage_event_pb2 import Endpoint
 from mesh.errors import PlatformError, Reason
 
@@ -251,7 +251,7 @@ class ParsedRequest(msgspec.Struct, frozen=True):
 
     def strips_interim_usage(self, engine: int) -> bool:
         """Whether an engine of this kind tells usage beside every text, and the client did not ask for that."""
-        return engine == EngineKind.ENGINE_KIND_VLLM and not self.wants_interim_usage
+        return engine == ENGINE_KIND_VLLM and not self.wants_interim_usage
 
     def shorten(self, completion_tokens: int) -> None:
         """Have the engine end each choice after so many tokens."""
@@ -270,11 +270,11 @@ class ParsedRequest(msgspec.Struct, frozen=True):
         request.model = upstream_model
         if not self.stream or not isinstance(request, _Sampling):
             return _ENCODER.encode(request)
-        is_vllm = engine == EngineKind.ENGINE_KIND_VLLM
+        is_vllm = engine == ENGINE_KIND_VLLM
         request.stream_options = _StreamOptions(include_usage=True, continuous_usage_stats=is_vllm or None)
         body = _ENCODER.encode(request)
         # Only its timings tell it of llama.cpp, which are no client's to ask for.
-        return body[:-1] + b',"timings_per_token":true}' if engine == EngineKind.ENGINE_KIND_LLAMACPP else body
+        return body[:-1] + b',"timings_per_token":true}' if engine == ENGINE_KIND_LLAMACPP else body
 
 
 def parse(endpoint: int, body: bytes) -> ParsedRequest:

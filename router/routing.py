@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Collection
 from random import Random
 
-from aiaas.router.v1.routing_policy_service_pb2 import RoutingStrategy
+from aiaas.router.v1.routing_policy_service_pb2 import ROUTING_STRATEGY_PREFIX_AFFINITY, ROUTING_STRATEGY_WEIGHTED
 from mesh.clock import Clock
 from mesh.errors import PlatformError, Reason
 from router import metrics
@@ -76,9 +76,9 @@ class Routing:
             raise PlatformError(Reason.NO_BACKEND_AVAILABLE, retry_after_s=RETRY_AFTER_S)
         if len(candidates) == 1:
             return candidates[0]
-        if policy.strategy == RoutingStrategy.ROUTING_STRATEGY_WEIGHTED:
+        if policy.strategy == ROUTING_STRATEGY_WEIGHTED:
             return self._drawn(candidates, policy)
-        if policy.strategy == RoutingStrategy.ROUTING_STRATEGY_PREFIX_AFFINITY and prefix:
+        if policy.strategy == ROUTING_STRATEGY_PREFIX_AFFINITY and prefix:
             return _nearest(candidates, policy, prefix)
         # The load that a backend has, not the one it would get: else an idle system would always take the heaviest.
         loads = [served.state.in_flight / _weight(served, policy) for served in candidates]

@@ -135,6 +135,13 @@ def _headers(head: inference_service_pb2.InferHead) -> list[tuple[bytes, bytes]]
     if head.content_type == _EVENT_STREAM:
         headers += _STREAM_HEADERS
     for name, value in head.headers.items():
-        if name.lower() not in _OWN_HEADERS:
-            headers.append((name.lower().encode("ascii"), value.encode("latin-1")))
+        if encoded := _header_name(name):
+            headers.append((encoded, value.encode("latin-1")))
     return headers
+
+
+@functools.lru_cache(maxsize=64)
+def _header_name(name: str) -> bytes:
+    """A router's name for a header as it goes out; nothing for what is the edge's own to say."""
+    name = name.lower()
+    return b"" if name in _OWN_HEADERS else name.encode("ascii")
