@@ -110,6 +110,7 @@ from mesh.cache import Cache
 from mesh.clock import Clock, SystemClock
 from mesh.interceptors import chain
 from mesh.ops import OpsServer
+from mesh.process import spare_collector
 from mesh.sealing import Seal
 from mesh.server import AddServicer, GrpcServer
 from mesh.tls import opened
@@ -275,6 +276,7 @@ async def serve(config: IdentityConfig, stop: asyncio.Event) -> None:
                     *(audit.run, feed.run, purges.run, oauth_tokens.run, sessions.run, sign_ins.run, decisions.run),
                 ):
                     tasks.create_task(run(ended))
+                spare_collector()
                 await stop.wait()
             finally:
                 # Watches would last as long as the drain; their routers watch elsewhere from now on.
