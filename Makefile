@@ -1,6 +1,6 @@
 # Everything a person or CI runs. `make up` and `make test` need nothing installed before.
 .DEFAULT_GOAL := help
-.PHONY: help up test test-one-process test-go test-vllm vllm check generate docs lock bench bench-guard bench-engine bench-identity bench-revocations bench-exports bench-analytics bench-cli bench-dashboards soak money money-switches sbom
+.PHONY: help up test test-one-process test-go test-vllm vllm check generate docs lock bench bench-guard bench-telemetry bench-capacity bench-engine bench-identity bench-revocations bench-exports bench-analytics bench-cli bench-dashboards soak money money-switches sbom
 
 PYTHON := .venv/bin/python
 BIN := .venv/bin
@@ -54,6 +54,14 @@ bench: ## Measure ours beside other gateways (ROUNDS=5, TARGETS=aiaas,nginx, TES
 bench-guard: ## Compare with the parent commit, or BASE=ref; fails if anything costs 1.15 times as much
 	@deploy/local/bootstrap.sh up
 	@$(PYTHON) -m tests.load.guard
+
+bench-telemetry: ## What metrics, traces and access log cost (ROUNDS=6, TESTS=unary,s200, TARGETS=aiaas); fails above 5 %
+	@deploy/local/bootstrap.sh up
+	@$(PYTHON) -m tests.load.telemetry
+
+bench-capacity: ## What each part costs by load, and two loads foretold from that (ROUNDS=2); fails above 20 % off
+	@deploy/local/bootstrap.sh up
+	@$(PYTHON) -m tests.load.capacity
 
 bench-engine: ## What we add to real vLLM (AIAAS_VLLM_PYTHON=... where it is installed elsewhere)
 	@deploy/local/bootstrap.sh vllm

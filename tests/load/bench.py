@@ -101,7 +101,8 @@ def _progress(number: int, row: Row) -> str:
     )
 
 
-def _listed(text: str, known: tuple[str, ...]) -> list[str]:
+def listed(text: str, known: tuple[str, ...]) -> list[str]:
+    """The names in `text`, or all that are known where it has none. Raises LoadError with those that are unknown."""
     names = [name for name in text.split(",") if name]
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -119,8 +120,8 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="show where Python targets spend their time instead")
     arguments = parser.parse_args()
     try:
-        names = [name for name in _listed(arguments.targets, TARGETS) if name != DIRECT]
-        tests = [WORKLOADS[name] for name in _listed(arguments.tests, tuple(WORKLOADS))]
+        names = [name for name in listed(arguments.targets, TARGETS) if name != DIRECT]
+        tests = [WORKLOADS[name] for name in listed(arguments.tests, tuple(WORKLOADS))]
         take_core()
         if arguments.profile:
             with fake_engine(LOAD_CORE) as engine, running_targets(names, engine) as (targets, _):

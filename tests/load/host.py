@@ -1,10 +1,11 @@
 """The platform under test in a process of its own: a whole local stack whose only chat backend is the fake engine, a
 tenant that no limit stops, and the gateway where there is one; it never measures anything.
 
-    python tests/load/host.py ENGINE_PORT ROOT < pipe
+    python tests/load/host.py ENGINE_PORT ROOT SETTINGS < pipe
 
 It prints one line of JSON once everything serves, a second one with what it saw at the end, and ends with its input.
-Services come from the checkout at ROOT, and so does `deploy.local` when ROOT is on PYTHONPATH.
+Services come from the checkout at ROOT, and so does `deploy.local` when ROOT is on PYTHONPATH. SETTINGS, a JSON object,
+are variables that all services get.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ async def listening(sink: OtlpSink) -> AsyncIterator[str]:
         await server.stop(None)
 
 
-async def main(engine_port: int, root: Path) -> None:
+async def main(engine_port: int, root: Path, more: dict[str, str]) -> None:
     """Serves until standard input ends."""
     over = asyncio.Event()
 
@@ -103,7 +104,7 @@ async def main(engine_port: int, root: Path) -> None:
             "PYTHONPATH": f"{root}:{root / 'gen' / 'python'}",
             "AIAAS_OTLP_ENDPOINT": endpoint,
             "AIAAS_TRACE_RATIO": "0.01",
-        }
+        } | more
         with State.temporary() as state:
             # Without a model for chat; that for embeddings idles.
             async with running(state, engine="llamacpp", chat_replicas=0, settings=settings) as stack:
@@ -133,6 +134,7 @@ async def serve(
         "state": str(state.root),
         "port": int(stack.base_url.rpartition(":")[2]),
         "gateway_port": gateway_port,
+        "router_ops": stack.ops["router"],
         "admin_key": stack.platform_key,
         "organization_id": tenant.organization_id,
         "secret": tenant.secret,
@@ -237,6 +239,6 @@ async def call(session: aiohttp.ClientSession, verb: str, path: str, body: objec
 
 if __name__ == "__main__":
     try:
-        asyncio.run(main(int(sys.argv[1]), Path(sys.argv[2])))
+        asyncio.run(main(int(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])))
     except LocalError as error:
         sys.exit(str(error))

@@ -65,6 +65,10 @@ class Platform:
     admin_key: str
     organization_id: str
     secret: str
+    # host:port of the router's /metrics.
+    router_ops: str
+    # What its collector of traces has got; filled when the platform has ended.
+    spans: list[int]
 
     @property
     def headers(self) -> tuple[str, ...]:
@@ -100,11 +104,19 @@ class Platform:
 
 
 @contextlib.contextmanager
-def running_platform(engine_port: int, root: Path = CHECKOUT) -> Iterator[Platform]:
-    """Starts the platform of the checkout at `root` on LOAD_CORE. Raises LoadError with what it said if it cannot."""
+def running_platform(
+    engine_port: int, root: Path = CHECKOUT, settings: Mapping[str, str] | None = None
+) -> Iterator[Platform]:
+    """Starts the platform of the checkout at `root` on LOAD_CORE, `settings` added to every service's environment.
+
+    Raises LoadError with what it said if it cannot.
+    """
     environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'gen' / 'python'}", "GRPC_ENABLE_FORK_SUPPORT": "0"}
     process = subprocess.Popen(
-        ["taskset", "-c", str(LOAD_CORE), sys.executable, str(HERE / "host.py"), str(engine_port), str(root)],
+        [
+            *("taskset", "-c", str(LOAD_CORE), sys.executable, str(HERE / "host.py")),
+            *(str(engine_port), str(root), json.dumps(dict(settings or {}))),
+        ],
         env=environment,
         cwd=root,
         stdin=subprocess.PIPE,
@@ -115,6 +127,7 @@ def running_platform(engine_port: int, root: Path = CHECKOUT) -> Iterator[Platfo
     )
     assert process.stdin is not None
     assert process.stdout is not None
+    spans: list[int] = []
     try:
         line = process.stdout.readline()
         if not line:
@@ -127,10 +140,14 @@ def running_platform(engine_port: int, root: Path = CHECKOUT) -> Iterator[Platfo
             ready["admin_key"],
             ready["organization_id"],
             ready["secret"],
+            ready["router_ops"],
+            spans,
         )
     finally:
         # The end of its input tells it to stop; a stack takes a while.
         process.stdin.close()
+        if last := process.stdout.readline():
+            spans.append(json.loads(last)["spans"])
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:

@@ -1,0 +1,1 @@
+"""How much of everything so many requests need, by a queueing model with measured costs; docs/capacity.md."""
