@@ -29,6 +29,9 @@ has_prometheus() { [ -x "$1/usr/bin/promtool" ]; }
 has_alertmanager() { [ -x "$1/usr/bin/amtool" ]; }
 # Tests go through it to the platform. has_nginx ROOT
 has_nginx() { [ -x "$1/usr/sbin/nginx" ]; }
+# Tests put network policies in force with them. has_nftables ROOT, has_iproute2 ROOT
+has_nftables() { [ -x "$1/usr/sbin/nft" ]; }
+has_iproute2() { [ -x "$1/bin/ip" ] || [ -x "$1/sbin/ip" ]; }
 
 # missing_from ROOT...: the Debian packages that none of the roots has.
 missing_from() {
@@ -194,6 +197,8 @@ case "${1:-}" in
     test)
         lock=$locks/dev.lock vllm=
         for_tests="has_chromium:chromium has_prometheus:prometheus has_alertmanager:prometheus-alertmanager has_nginx:nginx-light"
+        # As anybody but root, who skips them, they would not be of use.
+        [ "$(id -u)" != 0 ] || for_tests="$for_tests has_nftables:nftables has_iproute2:iproute2"
         ;;
     go) lock=$locks/dev.lock vllm= ;;
     vllm) lock=$locks/dev.lock vllm=vllm ;;

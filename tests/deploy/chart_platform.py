@@ -17,13 +17,10 @@ import asyncpg
 from deploy.local.certificates import Authority
 from tests.conftest import Servers
 from tests.deploy.node import Node, Pod, spare
+from tests.deploy.release import SERVICES, bootstrap, priced, secrets_of
 from tests.deploy.tools import NAMESPACE, Manifest, one, pod_specs, render
 from tests.deploy.values import ENGINES
 from tests.doubles.scripted_backend import ScriptedBackend, chat_document
-
-SERVICES = ("identity", "router", "analytics", "edge")
-KEY = "q83vEjRWeJCrze8SNFZ4kKvN7xI0VniQq83vEjRWeJA="
-QUESTION = {"model": "smollm2", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16}
 
 
 @dataclass
@@ -64,21 +61,7 @@ async def running(servers: Servers, values: Mapping[str, Any], folder: Path) -> 
     redis_url, amqp_url = await servers.empty_redis(), await servers.empty_amqp()
     urls = await databases(servers)
     authority = Authority.make()
-    secrets: dict[str, dict[str, str]] = {
-        f"aiaas-{service}": {
-            "database-url": url,
-            "redis-url": redis_url,
-            "amqp-url": amqp_url,
-            "audit-key": KEY,
-            "secret-key": KEY,
-        }
-        for service, url in urls.items()
-    }
-    secrets["engine-key"] = {"key": "of-the-engine"}
-    for service in SERVICES:
-        certificate, key = authority.issue(service)
-        files = {"tls.crt": certificate, "tls.key": key, "ca.crt": authority.certificate}
-        secrets[one(manifests, "Certificate", f"aiaas-{service}")["spec"]["secretName"]] = files
+    secrets = secrets_of(manifests, authority, urls, redis_url, amqp_url)
     addresses = {service: f"127.77.{spare()}.{number}" for number, service in enumerate(SERVICES, start=1)}
     async with AsyncExitStack() as stack:
         node = await stack.enter_async_context(Node(folder, secrets))
@@ -97,20 +80,11 @@ async def running(servers: Servers, values: Mapping[str, Any], folder: Path) -> 
         }
         await asyncio.gather(*(pod.started() for pod in pods.values()))
         engine = await stack.enter_async_context(ScriptedBackend(chat_document("Hello")))
-        made = await bootstrap(node, specs, secrets)
+        made = await bootstrap(node, specs)
         base_url = f"http://{addresses['edge']}:8080"
         session = aiohttp.ClientSession(base_url, headers={"Authorization": f"Bearer {made}"})
         await stack.enter_async_context(session)
         yield Platform(pods, base_url, made, engine, session, manifests, authority)
-
-
-async def bootstrap(node: Node, specs: dict[str, Manifest], secrets: dict[str, dict[str, str]]) -> str:
-    """What NOTES.txt tells to type; returns the key."""
-    spec = json.loads(json.dumps(specs["Job/aiaas-migrate-identity"]))
-    spec["containers"][0]["command"][3] = "bootstrap"
-    pod = await node.start("bootstrap", spec)
-    assert await pod.ended() == 0, pod.log.read_text()
-    return str(json.loads(pod.log.read_text().splitlines()[-1])["secret"])
 
 
 async def register(platform: Platform, folder: Path) -> None:
@@ -132,21 +106,4 @@ async def register(platform: Platform, folder: Path) -> None:
         stdout=asyncio.subprocess.PIPE,
     )
     assert await asyncio.wait_for(process.wait(), 30) == 0
-    price = {
-        "prompt_micros_per_million": 50_000,
-        "cached_prompt_micros_per_million": 25_000,
-        "completion_micros_per_million": 200_000,
-    }
-    async with platform.session.post("/admin/v1/models/smollm2/prices", json=price) as answer:
-        assert answer.status == 200, await answer.text()
-    await until(platform, "/v1/chat/completions", QUESTION)
-
-
-async def until(platform: Platform, path: str, body: Any) -> None:
-    """Asks until it is answered: a router looks at new backends once a second."""
-    async with asyncio.timeout(20):
-        while True:
-            async with platform.session.post(path, json=body) as answer:
-                if answer.status == 200:
-                    return
-            await asyncio.sleep(0.1)
+    await priced(platform.session)

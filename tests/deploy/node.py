@@ -104,11 +104,11 @@ class Node:
         self._names[host] = address
 
     def secret(self, name: str, content: Mapping[str, str]) -> None:
-        """Adds a secret."""
+        """Adds a secret, or a map of configuration."""
         self._secrets[name] = content
 
-    async def start(self, name: str, spec: Manifest, address: str = "127.0.0.1") -> Pod:
-        """Starts the only container of a pod."""
+    async def start(self, name: str, spec: Manifest, address: str = "127.0.0.1", prefix: tuple[str, ...] = ()) -> Pod:
+        """Starts the only container of a pod; `prefix` comes before its command."""
         (container,) = spec["containers"]
         folder = self._folder / name
         folder.mkdir()
@@ -121,6 +121,7 @@ class Node:
         log = folder / "log"
         with log.open("wb") as output:
             process = await asyncio.create_subprocess_exec(
+                *prefix,
                 *(self._placed(word, mounts, address) for word in container["command"]),
                 *container.get("args", []),
                 # As in an image, where there is nothing but this.
@@ -151,9 +152,9 @@ class Node:
             place = folder / mount["name"]
             place.mkdir()
             volume = volumes.get(mount["name"], {})
-            if "secret" in volume:
-                for key, value in self._secrets[volume["secret"]["secretName"]].items():
-                    (place / key).write_text(value)
+            name = volume.get("secret", {}).get("secretName") or volume.get("configMap", {}).get("name")
+            for key, value in self._secrets[name].items() if name else ():
+                (place / key).write_text(self._named(value))
             made[mount["mountPath"]] = str(place)
         return made
 
@@ -161,9 +162,12 @@ class Node:
         for path, place in mounts.items():
             if value == path or value.startswith(path + "/"):
                 value = place + value.removeprefix(path)
+        return self._named(value).replace("0.0.0.0:", f"{address}:")
+
+    def _named(self, value: str) -> str:
         for name, there in self._names.items():
             value = value.replace(name, there)
-        return value.replace("0.0.0.0:", f"{address}:")
+        return value
 
 
 def spare(environ: Mapping[str, str] = os.environ) -> int:

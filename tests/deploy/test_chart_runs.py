@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Servers
-from tests.deploy.chart_platform import QUESTION, Platform, register, running
+from tests.deploy.chart_platform import Platform, register, running
+from tests.deploy.release import QUESTION
 from tests.doubles.scripted_backend import Answer, chunk, sse, usage_chunk
 
 HELD_S = 2.0

@@ -29,9 +29,10 @@ from mesh.auth import policy_of
 from mesh.errors import Reason
 from tests.conftest import Servers
 from tests.contract.test_contracts import METHODS
-from tests.deploy.chart_platform import QUESTION, Platform, register, running
+from tests.deploy.chart_platform import Platform, register, running
 from tests.deploy.nginx_ingress import HTTP, HTTPS, Site, UnknownAnnotationError, nginx, translated
 from tests.deploy.node import spare
+from tests.deploy.release import QUESTION
 from tests.deploy.tools import Manifest, of_kind, one, render
 from tests.doubles.scripted_backend import Answer, chunk, sse, usage_chunk
 from tests.integration.mesh.harness import error_of

@@ -8,51 +8,22 @@ import pytest
 import yaml
 
 from deploy.drawing import drawing
-from tests.deploy.tools import CHART, NAMESPACE, ROOT, Manifest, of_kind, one, pod_specs, render
-from tests.deploy.values import EVERYTHING
+from tests.deploy.tools import CHART, NAMESPACE, ROOT, Manifest, of_kind, one, pod_specs, pod_templates, render
+from tests.deploy.values import APART, EVERYTHING, PEERS
 
 TABLE = yaml.safe_load((CHART / "network.yaml").read_text())
-# The namespace and the labels of a pod that stands for each peer, or its address.
-PEERS: dict[str, Any] = {
-    "ingress": ("ingress-nginx", {"app": "controller"}),
-    "monitoring": ("monitoring", {"app": "prometheus"}),
-    "dns": ("kube-system", {"k8s-app": "kube-dns"}),
-    "postgres": ("postgres", {"app": "postgres"}),
-    "redis": ("redis", {"app": "redis"}),
-    "rabbitmq": ("rabbitmq", {"app": "rabbitmq"}),
-    "rabbitmq-management": ("rabbitmq-management", {"app": "rabbitmq"}),
-    "traces": ("traces", {"app": "collector"}),
-    "mail": ("mail", {"app": "mail"}),
-    "internet": "93.184.215.14",
-    "stranger": ("strangers", {"app": "x"}),
-    "metadata": "169.254.169.254",
-    "neighbour": "10.9.8.7",
-}
 DNS_PORT = 53
 
 
 @pytest.fixture(scope="module")
 def manifests(tmp_path_factory: pytest.TempPathFactory) -> list[Manifest]:
-    """With a place of its own for each peer, so that no two are the same by accident."""
-    peers: dict[str, Any] = {
-        name: {"at": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": place[0]}}}]}
-        for name, place in PEERS.items()
-        if name in TABLE["peers"] and name not in ("dns", "internet", "ingress", "monitoring")
-    }
-    values = {**EVERYTHING, "network": {"policies": True, "peers": peers}}
-    return render(values, tmp_path_factory.mktemp("values"))
+    return render({**EVERYTHING, "network": APART}, tmp_path_factory.mktemp("values"))
 
 
 def labels_of(manifests: list[Manifest]) -> dict[str, dict[str, str]]:
     """The labels of every pod of the release, by component."""
-    found = {}
-    for manifest in manifests:
-        spec = manifest.get("spec") or {}
-        spec = spec.get("jobTemplate", {}).get("spec", spec)
-        if "template" in spec and "spec" in spec["template"]:
-            labels = spec["template"]["metadata"]["labels"]
-            found[labels["app.kubernetes.io/component"]] = labels
-    return found
+    labels = [template["metadata"]["labels"] for template in pod_templates(manifests).values()]
+    return {of["app.kubernetes.io/component"]: of for of in labels}
 
 
 def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:

@@ -88,13 +88,18 @@ def of_kind(manifests: list[Manifest], kind: str) -> list[Manifest]:
     return [manifest for manifest in manifests if manifest["kind"] == kind]
 
 
-def pod_specs(manifests: list[Manifest]) -> dict[str, Manifest]:
-    """Every pod's spec, by kind and name of what makes it."""
+def pod_templates(manifests: list[Manifest]) -> dict[str, Manifest]:
+    """Every pod's labels and spec, by kind and name of what makes it."""
     found = {}
     for manifest in manifests:
         spec = manifest.get("spec") or {}
         if manifest["kind"] == "CronJob":
             spec = spec["jobTemplate"]["spec"]
         if "template" in spec and "spec" in spec["template"]:
-            found[f"{manifest['kind']}/{manifest['metadata']['name']}"] = spec["template"]["spec"]
+            found[f"{manifest['kind']}/{manifest['metadata']['name']}"] = spec["template"]
     return found
+
+
+def pod_specs(manifests: list[Manifest]) -> dict[str, Manifest]:
+    """Every pod's spec, by kind and name of what makes it."""
+    return {name: template["spec"] for name, template in pod_templates(manifests).items()}

@@ -39,6 +39,32 @@ EVERYTHING: dict[str, Any] = {
     "image": {"digest": "sha256:" + "0" * 64, "pullSecrets": [{"name": "registry"}]},
 }
 
+# Who else is there: the namespace and the labels of a pod that stands for each peer, or its address.
+PEERS: dict[str, Any] = {
+    "ingress": ("ingress-nginx", {"app": "controller"}),
+    "monitoring": ("monitoring", {"app": "prometheus"}),
+    "dns": ("kube-system", {"k8s-app": "kube-dns"}),
+    "postgres": ("postgres", {"app": "postgres"}),
+    "redis": ("redis", {"app": "redis"}),
+    "rabbitmq": ("rabbitmq", {"app": "rabbitmq"}),
+    "rabbitmq-management": ("rabbitmq-management", {"app": "rabbitmq"}),
+    "traces": ("traces", {"app": "collector"}),
+    "mail": ("mail", {"app": "mail"}),
+    "storage": ("storage", {"app": "storage"}),
+    "internet": "93.184.215.14",
+    "stranger": ("strangers", {"app": "x"}),
+    "metadata": "169.254.169.254",
+    "neighbour": "10.9.8.7",
+}
+# A place of its own for each peer, so that no two are the same by accident.
+APART = {
+    "policies": True,
+    "peers": {
+        name: {"at": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": PEERS[name][0]}}}]}
+        for name in ("postgres", "redis", "rabbitmq", "rabbitmq-management", "traces", "mail", "storage")
+    },
+}
+
 MATRIX: dict[str, dict[str, Any]] = {
     "defaults": {},
     "everything": EVERYTHING,
