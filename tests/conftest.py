@@ -6,11 +6,13 @@ and those that start whole stacks of their own.
 
 import asyncio
 import contextlib
+import itertools
 import os
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import aio_pika
@@ -47,7 +49,17 @@ if "TMPDIR" not in os.environ and _is_roomy(_MEMORY):
 settings.register_profile("tests", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tests")
 
+# Of folders that this worker's tests have had.
+_FOLDERS = itertools.count()
 _GROUPS = {"amqp_url": "amqp", "ingress": "amqp", "platform": "e2e"}
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Path:
+    """A folder that no test before has had: for a while gRPC remembers of a socket that nobody answered there."""
+    folder = tmp_path / str(next(_FOLDERS))
+    folder.mkdir()
+    return folder
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -195,8 +195,8 @@ class Network:
             deadline = time.monotonic() + _PROBE_LIMIT_S
             while open_:
                 for descriptor, _ in poll.poll(1000):
-                    if echo := self._echoes.get(descriptor):
-                        echo.sendto(*echo.recvfrom(16))
+                    if answering := self._echoes.get(descriptor):
+                        answering.sendto(*answering.recvfrom(16))
                         continue
                     client, connection = open_.pop(descriptor)
                     poll.unregister(descriptor)

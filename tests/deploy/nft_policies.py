@@ -26,7 +26,7 @@ class Place:
 def compiled(policies: Iterable[Manifest], places: Iterable[Place]) -> str:
     """A ruleset for `nft -f` that takes the place of the one before. Policies name their namespace. Raises ValueError
     for what it does not know of a policy."""
-    policies = [(policy["metadata"]["namespace"], _known(policy["spec"], _SPEC)) for policy in policies]
+    specs = [(policy["metadata"]["namespace"], _known(policy["spec"], _SPEC)) for policy in policies]
     places = list(places)
     chains, jumps = [], []
     for way, own in (("Egress", "saddr"), ("Ingress", "daddr")):
@@ -34,7 +34,7 @@ def compiled(policies: Iterable[Manifest], places: Iterable[Place]) -> str:
         for place in places:
             bound = [
                 (namespace, spec)
-                for namespace, spec in policies
+                for namespace, spec in specs
                 if namespace == place.namespace and selects(spec["podSelector"], place.labels) and way in _types(spec)
             ]
             if not bound:

@@ -107,7 +107,7 @@ def policies_of(releases: Mapping[str, list[Manifest]]) -> list[Manifest]:
 
 @dataclass
 class Cluster:
-    """Namespaces with pods and peers in them, who of them is what in the drawing, and the arrows that are to be there."""
+    """Namespaces with pods and peers in them, what each is in the drawing, and the arrows that have to be there."""
 
     network: Network
     releases: dict[str, list[Manifest]]
@@ -183,9 +183,9 @@ def stored(network: Network, name: str, make: Callable[[State], Postgres | Valke
 
         started = portal.start_task_soon(start)
 
-        def url(*database: str) -> str:
+        def url(database: str = "") -> str:
             started.result()
-            private = portal.call(server.database, *database) if isinstance(server, Postgres) else server.url
+            private = portal.call(server.database, database) if isinstance(server, Postgres) else server.url
             return private.replace(f"127.0.0.1:{server.port}", f"{network.places[name].address}:{STORED[name]}")
 
         yield url
