@@ -229,6 +229,7 @@ class Budgets:
         """Stand in line for leases. Raises what `reserve` does."""
         give_up = self._clock.monotonic() + WAIT_S
         organization = binding.organization
+        pause_s = 0.0
         while True:
             with _waiting(binding, request.ceiling):
                 async with binding.line:
@@ -237,7 +238,12 @@ class Budgets:
                             return reservation
                         if denials := await self._ask(binding, request):
                             await self._yield_to(denials, binding, request, give_up)
-            # The budgets have changed, and others may bind the request now.
+            # The budgets have changed, and others may bind the request now. A ledger that always says so is followed
+            # neither at once nor for ever.
+            if self._clock.monotonic() >= give_up:
+                self._do_without(binding.accounts, request)
+            await asyncio.sleep(pause_s)
+            pause_s = _ASK_AGAIN_S
             organization = await self._resolve(organization.organization_id)
             binding = organization.binding(principal, model)
 
@@ -257,15 +263,22 @@ class Budgets:
             if now < self._away_until:
                 raise PlatformError(Reason.UNAVAILABLE)
             response: pb.LeaseResponse = await asyncio.shield(self._call(self._lease(binding.organization, asks)))
+            if not response.denials and len(response.leases) < len(asks) and now < binding.organization.due_at:
+                # It gave nothing, refused nothing and knows of no change: it would say the same again.
+                raise PlatformError(Reason.UNAVAILABLE)
         except PlatformError as error:
-            soft = {account for account, _ in asks if not account.is_hard}
-            if not soft:
-                metrics.BUDGET_REFUSALS.labels("unavailable").inc()
-                raise PlatformError(Reason.UNAVAILABLE, retry_after_s=_DENIED_S) from error
-            # They are there to tell, not to refuse: the request goes on, and they do not hear of it.
-            request.passing |= soft
+            self._do_without([account for account, _ in asks], request, error)
             return ()
         return response.denials
+
+    def _do_without(self, accounts: Iterable[Account], request: _Request, error: PlatformError | None = None) -> None:
+        """The ledger does not say. Soft budgets are there to tell, not to refuse: the request goes on, and they do not
+        hear of it. Raises PlatformError(UNAVAILABLE) where no more of them are soft."""
+        soft = {account for account in accounts if not account.is_hard} - request.passing
+        if not soft:
+            metrics.BUDGET_REFUSALS.labels("unavailable").inc()
+            raise PlatformError(Reason.UNAVAILABLE, retry_after_s=_DENIED_S) from error
+        request.passing |= soft
 
     async def _yield_to(
         self, denials: Collection[pb.LeaseDenial], binding: _Binding, request: _Request, give_up: float

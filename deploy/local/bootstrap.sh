@@ -107,9 +107,10 @@ END
 
 # --- Python ----------------------------------------------------------------------------------------------------------
 
-# find_python CONDITION: sets python to one that satisfies it and can make environments.
+# find_python CONDITION: sets python to one that satisfies it and can make environments. Debian's own comes first: it is
+# built with profiles, and one that somebody has built here without them takes a fifth longer for each token.
 find_python() {
-    for python in ${AIAAS_PYTHON:-} python3.11 python3 /usr/bin/python3 python3.12 python3.13; do
+    for python in ${AIAAS_PYTHON:-} /usr/bin/python3.11 python3.11 python3 /usr/bin/python3 python3.12 python3.13; do
         "$python" -c "import sys, ensurepip; sys.exit(not ($1))" 2>/dev/null && return
     done
     return 1

@@ -167,11 +167,16 @@ async def test_organization_with_a_budget_waits_for_the_ledger(
         enforcement=budget_service_pb2.BUDGET_ENFORCEMENT_HARD,
     )
     identity.answers["ResolveBudgets"] = budget_service_pb2.ResolveBudgetsResponse(revision=1, budgets=[budget])
-    identity.answers["Lease"] = PlatformError(Reason.UNAVAILABLE)
+    # It names a revision that is not the one above, and gives nothing: it contradicts itself.
+    identity.answers["Lease"] = budget_service_pb2.LeaseResponse()
     async with running(config, identity) as router:
         await router.add_model("m")
         await router.add_backend("only", engine.base_url, "m")
         # Nobody gives a lease; the principal is known all the same.
+        assert await reason_of(router) is Reason.UNAVAILABLE
+        asked = [call for call in identity.received if call.rpc == "Lease"]
+        assert 1 < len(asked) < 30
+        identity.answers["Lease"] = budget_service_pb2.LeaseResponse(revision=1)
         assert await reason_of(router) is Reason.UNAVAILABLE
         known = router.credential
     await identity.stop()
