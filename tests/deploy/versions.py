@@ -59,6 +59,11 @@ def previous_version() -> str:
     return commit
 
 
+def code_of(tree: Path) -> str:
+    """What PYTHONPATH has to be for a process to be of this tree, whatever is installed."""
+    return f"{tree}:{tree / 'gen' / 'python'}"
+
+
 @dataclass
 class Replica:
     """A process of a service at one of its places."""
@@ -287,7 +292,7 @@ class Platform:
                 *(sys.executable, "-m", service, *command),
                 env={
                     "PATH": os.environ["PATH"],
-                    "PYTHONPATH": f"{tree}:{tree / 'gen' / 'python'}",
+                    "PYTHONPATH": code_of(tree),
                     "GRPC_ENABLE_FORK_SUPPORT": "0",
                     **self._environment(service, place),
                 },
