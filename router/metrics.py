@@ -3,28 +3,30 @@
 from functools import cache
 from typing import NamedTuple
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge
 
-REQUESTS = Counter(
+from mesh.tallies import HotCounter, HotHistogram, Spread, Tally
+
+REQUESTS = HotCounter(
     "aiaas_router_requests", "Inference requests that ended, by outcome.", ["endpoint", "model", "outcome"]
 )
-TOKENS = Counter(
+TOKENS = HotCounter(
     "aiaas_router_tokens", "Tokens as billed: prompt (cached ones included) or completion.", ["model", "kind"]
 )
-COST = Counter("aiaas_router_cost_micros", "Micro-dollars as billed, by the prices that applied.", ["model"])
-TIME_TO_FIRST_TOKEN = Histogram(
+COST = HotCounter("aiaas_router_cost_micros", "Micro-dollars as billed, by the prices that applied.", ["model"])
+TIME_TO_FIRST_TOKEN = HotHistogram(
     "aiaas_router_time_to_first_token_seconds",
     "Seconds from admission to the first byte of the answer, which of one that is not streamed is its end.",
     ["endpoint", "model", "streamed"],
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2.5, 5, 10, 30, 60),
 )
-OVERHEAD = Histogram(
+OVERHEAD = HotHistogram(
     "aiaas_router_overhead_seconds",
     "Seconds from admission to the first attempt on a backend: what a request waits for the router itself.",
     ["endpoint"],
     buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5),
 )
-REQUEST_DURATION = Histogram(
+REQUEST_DURATION = HotHistogram(
     "aiaas_router_request_duration_seconds",
     "Seconds from admission to the end of the request.",
     ["endpoint", "model"],
@@ -65,7 +67,7 @@ JOURNAL_ABORTED = Counter(
     "aiaas_router_journal_aborted_requests", "Requests that ran when the router died, settled at its next start."
 )
 
-RATE_LIMIT_DECISIONS = Counter(
+RATE_LIMIT_DECISIONS = HotCounter(
     "aiaas_router_rate_limit_decisions",
     "Requests judged by rate limits: the limit that refused one, if any, and who judged, Redis or the router alone.",
     ["outcome", "limit", "source"],
@@ -90,7 +92,7 @@ BUDGET_RENEWAL_FAILURES = Counter(
 
 
 @cache
-def requests(endpoint: str, model: str, outcome: str) -> Counter:
+def requests(endpoint: str, model: str, outcome: str) -> Tally:
     """The counter of one endpoint, registered model and outcome."""
     return REQUESTS.labels(endpoint, model, outcome)
 
@@ -98,9 +100,9 @@ def requests(endpoint: str, model: str, outcome: str) -> Counter:
 class Billed(NamedTuple):
     """What counts a model's bills."""
 
-    prompt_tokens: Counter
-    completion_tokens: Counter
-    cost_micros: Counter
+    prompt_tokens: Tally
+    completion_tokens: Tally
+    cost_micros: Tally
 
 
 @cache
@@ -110,18 +112,18 @@ def billed(model: str) -> Billed:
 
 
 @cache
-def time_to_first_token(endpoint: str, model: str, streamed: bool) -> Histogram:
+def time_to_first_token(endpoint: str, model: str, streamed: bool) -> Spread:
     """The histogram of one endpoint and registered model, of answers that are streamed or not."""
     return TIME_TO_FIRST_TOKEN.labels(endpoint, model, "true" if streamed else "false")
 
 
 @cache
-def overhead(endpoint: str) -> Histogram:
+def overhead(endpoint: str) -> Spread:
     """The histogram of one endpoint."""
     return OVERHEAD.labels(endpoint)
 
 
 @cache
-def request_duration(endpoint: str, model: str) -> Histogram:
+def request_duration(endpoint: str, model: str) -> Spread:
     """The histogram of one endpoint and registered model."""
     return REQUEST_DURATION.labels(endpoint, model)

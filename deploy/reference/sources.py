@@ -14,7 +14,7 @@ from mesh.broker import Queue
 from mesh.config import Description, describe
 from mesh.errors import CATALOG, PlatformError, response_headers
 
-_KINDS = {"Counter", "Gauge", "Histogram"}
+_KINDS = {"Counter", "Gauge", "Histogram", "HotCounter", "HotHistogram"}
 
 
 class Metric(NamedTuple):
@@ -96,7 +96,7 @@ def find_metrics(root: Path, package: str) -> Iterator[Metric]:
         kinds = {
             alias.name
             for node in ast.walk(tree)
-            if isinstance(node, ast.ImportFrom) and node.module == "prometheus_client"
+            if isinstance(node, ast.ImportFrom) and node.module in ("prometheus_client", "mesh.tallies")
             for alias in node.names
         } & _KINDS
         for node in ast.walk(tree):
@@ -109,6 +109,7 @@ def _metric(call: ast.Call, kind: str, package: str, path: Path) -> Metric:
         name, meaning, *rest = (ast.literal_eval(argument) for argument in call.args)
     except ValueError:
         raise ValueError(f"{path}:{call.lineno}: a metric's name, words and labels have to be literal") from None
+    kind = kind.removeprefix("Hot")
     if kind == "Counter":
         # As prometheus_client exposes it.
         name = f"{name.removesuffix('_total')}_total"
