@@ -146,6 +146,7 @@ class Budgets:
         self._router_instance_id = journal.instance_id
         self._organizations: dict[str, _Organization] = {}
         self._leases: dict[str, Lease] = {}
+        self._renewing = asyncio.Lock()
         self._calls: set[asyncio.Task[Any]] = set()
         self._revision = 0
         # Until then nobody waits for the ledger just to learn that it is still away.
@@ -373,7 +374,11 @@ class Budgets:
             await asyncio.sleep(_RENEW_S)
 
     async def _renew(self) -> None:
-        """Report on every lease, once: extend it, give it back, or settle it."""
+        """Report on every lease, once: extend it, give it back, or settle it. Two at a time would give one back twice."""
+        async with self._renewing:
+            await self._report()
+
+    async def _report(self) -> None:
         try:
             # What the ledger has heard must not be forgotten by a router that is killed in this moment: its next run
             # could never settle the lease.
