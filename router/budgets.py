@@ -387,7 +387,7 @@ class Budgets:
             await asyncio.sleep(_RENEW_S)
 
     async def _renew(self) -> None:
-        """Report on every lease, once: extend it, give it back, or settle it. Two at a time would give one back twice."""
+        """Report on every lease: extend it, give it back, or settle it. Two at a time would give one back twice."""
         async with self._renewing:
             await self._report()
 

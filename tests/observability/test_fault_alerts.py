@@ -170,11 +170,12 @@ class Faulty:
         """The router can write to no file."""
         pid = self.stack.supervisor.pid("router")
         assert pid is not None
-        user = os.stat(f"/proc/{pid}").st_uid
+        owner = os.stat(f"/proc/{pid}")
 
         def limit(size: str) -> None:
             # Its own user may do that, and root not always. What follows the colon is the hard limit, which stays.
-            subprocess.run(["prlimit", f"--pid={pid}", f"--fsize={size}:"], user=user, check=True)
+            command = ["prlimit", f"--pid={pid}", f"--fsize={size}:"]
+            subprocess.run(command, user=owner.st_uid, group=owner.st_gid, extra_groups=[], check=True)
 
         limit("0")
         try:
